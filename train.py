@@ -1,0 +1,502 @@
+"""Train MR-PLIP: one column from settings to the last checkpoint. Run it as it is and it makes its own data first.
+
+    torchrun train.py                                              # the built-in world, two CPU cores, about five minutes
+    torchrun train.py --out runs/no_cvta --cvta 0                  # an ablation: a loss with weight 0 is not computed
+    torchrun --nproc_per_node=8 train.py --preset paper --data bags --out runs/paper \\
+        --vision_weights uni/pytorch_model.bin --clip_weights quiltnet/open_clip_pytorch_model.bin --tokenizer bpe_simple_vocab_16e6.txt.gz
+
+Plain `python train.py` does the same on one process. The same command again continues where the last one stopped.
+`--data DIR` holds DIR/train and DIR/test, each with bags-*.tar (data.py tile) and bags-*.captions.jsonl (text.py).
+
+References: [1] MR-PLIP, CVPR 2025.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import losses
+import model as networks
+import synthetic
+import text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: one field a line, its unit or reason beside it. Every field is a flag; --help prints this table.
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run. PRESETS below changes several at once; a flag on the command line wins over both."""
+
+    preset: str = "synthetic"      # synthetic | paper: a named set of the values below
+    out: str = "runs/synthetic"    # the run's folder: config, log, checkpoints, results
+    data: str = "data/synthetic"   # folder with train/ and test/ shards; the default one is made when it is not there
+    seed: int = 0                  # of weights, batches, masks; the built-in slides have their own (always 0)
+    # data
+    bags: int = 8                  # bags per optimiser step, over all processes and accumulation; more = more negatives
+    accumulate: int = 1            # micro-batches per step; saves memory, but negatives stay within a micro-batch
+    children: int = 2              # of the 4 children of each node, those seen in a step: 1, 2, 4 -> 4, 15, 85 nodes a bag
+    pairs: int = 2                 # nodes per bag whose captions ITM, MLM and PLM read, taken from different magnifications
+    keywords: int = 48             # at most this many keywords in a textual bag
+    jitter: float = 0.15           # stain augmentation: relative change of haematoxylin and eosin
+    workers: int = 1               # loader processes
+    # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper
+    itc: float = 1.0               # weight of image-text contrast; 0 removes a loss and its cost
+    itm: float = 1.0               # ... image-text matching
+    mlm: float = 1.0               # ... masked language modelling
+    plm: float = 1.0               # ... prefix language modelling
+    cvta: float = 1.0              # ... cross-resolution visual-textual alignment
+    mrtva: float = 1.0             # ... text-guided alignment of parents and children
+    k_o: int = 4                   # keywords selected per patch (the paper's figure shows 8, of longer captions)
+    warm: float = 0.4              # share of the steps in which CVTA takes a node's own caption's keywords; then cosine
+    kin: float = 0.1               # ITC target mass on patches of the same bag
+    # optimiser
+    steps: int = 600               # optimiser steps
+    lr: float = 1e-3               # peak learning rate (AdamW)
+    lr_vision: float = 1.0         # factor on it for the vision tower
+    lr_text: float = 1.0           # factor on it for the text tower
+    warmup: int = 40               # steps of linear warm-up, then cosine to lr / 100
+    weight_decay: float = 0.02     # not on biases, norms, temperatures, positions
+    clip: float = 1.0              # gradient norm
+    # networks
+    size: str = "synthetic"        # a key of model.SIZES
+    vocab: int = 1500              # ids of the tokenizer trained on the captions (without --tokenizer)
+    tokenizer: str = ""            # CLIP's merge list, needed with --clip_weights
+    vision_weights: str = ""       # timm or UNI weights for the vision tower
+    clip_weights: str = ""         # open_clip or Hugging Face CLIP weights for the text tower
+    freeze_vision: bool = False    # keep the vision tower fixed, its weights in bfloat16 on a GPU
+    # running
+    device: str = "auto"           # cuda when there is one, else cpu
+    compile: bool = False          # torch.compile the step: worth it on a GPU, slower to start than it gains on a CPU
+    log_every: int = 20            # steps
+    save_every: int = 100          # steps
+    evaluate: bool = True          # measure on data/test when training ends
+
+
+PRESETS = {
+    "synthetic": {},
+    "paper": dict(out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4,
+                  k_o=8, keywords=128, jitter=0.05, workers=8, steps=312_500, lr=1e-4, lr_text=0.1, warmup=2000, log_every=50,
+                  save_every=1000),  # 400,000 bags x 50 epochs / 64
+}
+
+
+def parse(argv):
+    """Command line -> Config: defaults, then the preset, then the flags. Types come from the fields."""
+    def boolean(word):
+        if word.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+        return word.lower() in ("true", "1", "yes")
+
+    reasons = {line.split(":")[0].strip(): line.split("#", 1)[1].strip() for line in inspect.getsource(Config).split("\n") if ":" in line and "#" in line}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, default=argparse.SUPPRESS, metavar=str(f.default) or "PATH",
+                            help=reasons[f.name].replace("%", "%%"))
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], [f.name for f in fields], 1)
+        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them all"))
+    preset = getattr(flags, "preset", "synthetic")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    return check(Config(**{**PRESETS[preset], **vars(flags), "preset": preset}))
+
+
+def check(cfg):
+    """Refuse settings that cannot work, in one sentence each; returns cfg."""
+    if cfg.size not in networks.SIZES:
+        raise ValueError(f"--size {cfg.size} is not one of {', '.join(networks.SIZES)}")
+    if cfg.children not in (1, 2, 4):
+        raise ValueError(f"--children is 1, 2 or 4 of the four children of a node, not {cfg.children}")
+    if cfg.clip_weights and not cfg.tokenizer:
+        raise ValueError("--clip_weights needs --tokenizer bpe_simple_vocab_16e6.txt.gz: the weights know only CLIP's own ids")
+    if min(cfg.steps, cfg.bags, cfg.accumulate, cfg.pairs, cfg.k_o, cfg.keywords, cfg.log_every, cfg.save_every) < 1:
+        raise ValueError("--steps, --bags, --accumulate, --pairs, --k_o, --keywords, --log_every and --save_every must be at least 1")
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the built-in world, then batches as a function of the step number
+
+def make_world(folder, train=80, test=20):
+    """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
+    is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared."""
+    for split, first, count in (("train", 0, train), ("test", train, test)):
+        slides, shards = Path(folder) / "slides" / split, Path(folder) / split
+        paths = synthetic.make_slides(slides, count, seed=0, first=first)
+        data.tile(paths, shards, S=64, patch=64, seed=0, workers=2)
+        synthetic.describe(shards, slides, seed=0)
+
+
+class Batches(Dataset):
+    """Batch number i of this process, built from (seed, i, rank) alone: resuming needs no saved loader state, and a batch
+    does not depend on how many workers made it. Every epoch is a new permutation of all bags, dealt out by rank."""
+
+    def __init__(self, bags, tokenizer, cfg, context, rank=0, world=1):
+        self.bags, self.tokenizer, self.cfg, self.context, self.rank, self.world = bags, tokenizer, cfg, context, rank, world
+        self.local = cfg.bags // (cfg.accumulate * world)
+        self.textual_bag = {}  # bag index -> its keywords, extracted once
+
+    def __getitem__(self, i):
+        cfg, B = self.cfg, self.local
+        g = torch.Generator().manual_seed(hash((cfg.seed, i, self.rank)) % 2 ** 63)
+        first = (i * self.world + self.rank) * B
+        items = [self.bags[self._at(first + j)] for j in range(B)]
+        nodes = data.sample_nodes(B, cfg.children, g)                                  # [B, N] ids in the augmented image
+        turns = torch.randint(0, 8, (B,), generator=g)
+        original = data.turned(nodes, turns)                                           # [B, N] ids the captions know
+        valid = torch.stack([item["valid"] for item in items]).gather(1, original)     # [B, N]
+        captions = [[item["captions"][n] or "" for n in row] for item, row in zip(items, original.tolist())]
+        words, own, w_valid = [], torch.zeros(B, nodes.shape[1], cfg.keywords, dtype=torch.bool), torch.zeros(B, cfg.keywords, dtype=torch.bool)
+        for j, item in enumerate(items):
+            key = item["index"]
+            if key not in self.textual_bag:
+                self.textual_bag[key] = text.keyword_bag(item["captions"], cfg.keywords)
+            words.append(self.textual_bag[key])
+            own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
+            w_valid[j, : len(words[j])] = True
+        unique = sorted({k for bag in words for k in bag}) or [""]                     # each keyword is encoded once a batch
+        at = {k: u for u, k in enumerate(unique)}
+        bag_of = torch.tensor([[at[k] for k in bag] + [0] * (cfg.keywords - len(bag)) for bag in words])
+        unique += [""] * (-len(unique) % 64)                                           # few distinct shapes for the compiler
+        encode = lambda texts: text.trim(self.tokenizer.batch(texts, self.context), self.tokenizer.end)
+        return {"images": torch.stack([item["image"] for item in items]), "turns": turns, "nodes": nodes, "valid": valid,
+                "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
+                "keywords": encode(unique), "bag_of": bag_of, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g)}
+
+    def _at(self, position):
+        epoch, offset = divmod(position, len(self.bags))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.bags))
+        return int(self._order[offset])
+
+    def _pairs(self, valid, g):
+        """Which nodes' captions ITM, MLM and PLM read: [B, pairs], magnifications drawn without repetition as far as there
+        are any, inside one a valid node at random."""
+        sizes = losses.level_sizes(valid.shape[1], self.cfg.children)
+        starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        out = torch.empty(len(valid), self.cfg.pairs, dtype=torch.long)
+        for row, ok in zip(out, valid):
+            order = torch.randperm(len(sizes), generator=g).tolist()
+            for j in range(len(row)):
+                level = order[j % len(order)]
+                score = torch.rand(sizes[level], generator=g) + ok[starts[level] : starts[level] + sizes[level]].float()
+                row[j] = starts[level] + score.argmax()
+        return out
+
+    def __len__(self):
+        return self.cfg.steps * self.cfg.accumulate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The objective: how the six losses hang on the networks, in the paper's order. A module, so that DDP and torch.compile
+# see one forward call a step.
+
+class Objective(nn.Module):
+    """batch (as `Batches` builds it, images already cut to patches) -> (dict of losses, dict of monitors)."""
+
+    def __init__(self, model, cfg):
+        super().__init__()
+        self.model, self.cfg = model, cfg
+
+    def forward(self, patches, batch, warm):
+        """patches [B, N, 3, S, S]; warm: CVTA still takes the keywords of a node's own caption."""
+        model, cfg, out = self.model, self.cfg, {}
+        valid, ids = batch["valid"], batch["ids"].flatten(0, 1)                        # [B, N], [BN, T]
+        B, N = valid.shape
+        bag = torch.arange(B, device=valid.device) + losses.rank_offset(B)             # bag ids, distinct over processes
+        # Every magnification weighs the same, however many nodes it has: otherwise 40x would be three quarters of the loss.
+        sizes = losses.level_sizes(N, cfg.children)
+        weight = valid / torch.tensor([s for s in sizes for _ in range(s)], device=valid.device)       # [B, N]
+
+        # Towers: every patch, every caption and every distinct keyword once.
+        with torch.no_grad() if cfg.freeze_vision else contextlib.nullcontext():
+            tokens = model.vision(patches.flatten(0, 1))                               # [BN, 1 + P, Dv]
+        v = model.project(tokens)                                                      # [BN, d]
+        captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
+        t = F.normalize(pooled.float(), dim=-1)
+        w = model.encode_text(batch["keywords"])[batch["bag_of"]]                      # [U, d] -> [B, K, d]
+        tau_itc, tau_cvta = (-model.itc_scale).exp(), (-model.cvta_scale).exp()
+
+        if cfg.itc:
+            out["itc"] = losses.itc(v, t, bag.repeat_interleave(N), tau_itc, weight.flatten(), cfg.kin)
+        visual = model.visual_tokens(tokens) if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva else None     # [BN, V, D] shared by all passes
+
+        # Caption losses on a few nodes per bag, M = B * pairs.
+        row = (batch["pairs"] + torch.arange(B, device=valid.device)[:, None] * N).flatten()             # [M] into BN
+        image, caption, word = (visual[row], captions[row], ids[row]) if visual is not None else (None,) * 3
+        real, ok = networks.text_valid(ids[row], model.text.end), valid.flatten()[row]                   # [M, T], [M]
+        if cfg.itm:
+            i, j, found = losses.hard_negatives(v[row], t[row], bag.repeat_interleave(N)[row], tau_itc, ok)
+            fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]),
+                                         torch.cat([real, real, real[j]]))             # [3M, T, D]
+            end = torch.cat([real, real, real[j]]).sum(1) - 1
+            match = model.itm_head(fused[torch.arange(len(fused), device=end.device), end])              # [3M, 2]
+            out["itm"] = losses.itm(*match.chunk(3), ok & found)
+        if cfg.mlm:
+            special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
+            masked, labels = losses.corrupt(word, real & ok[:, None], special[2], special, model.lm_bias.numel())
+            out["mlm"] = losses.mlm(model.lm_logits(model.fuse_with_text(image, model.text(masked)[0], real)), labels)
+        if cfg.plm:
+            prefix = losses.split_prefix(real)
+            out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), word, prefix, real, ok)
+
+        # The paper's own: one selection of keywords serves CVTA and E_mm.
+        v = v.view(B, N, -1)
+        index, chosen = losses.select_keywords(v, w, cfg.k_o, batch["w_valid"], batch["own"] if warm else None)   # [B, N, k_o]
+        if cfg.cvta:
+            out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen))
+        monitors = {"tau": tau_itc.detach()}
+        if cfg.mrtva:
+            picked = w.gather(1, index.flatten(1)[..., None].expand(-1, -1, w.shape[-1]))                # [B, N k_o, d]
+            z = model.fuse_with_keywords(visual, picked.view(B * N, cfg.k_o, -1), chosen.flatten(0, 1))  # [BN, D]
+            h, g = (x.view(B, N, -1) for x in model.heads(z, valid.flatten()))
+            out["mrtva"] = losses.mrtva(h, g.detach(), valid, cfg.children)            # stop-gradient on the target [1, SimSiam]
+            monitors.update(losses.monitors(g, valid, index, chosen, batch["own"], batch["w_valid"]))
+        return out, monitors
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then a cosine from lr to lr / 100 at the last step."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW over four groups: towers have their own rate, and vectors, norms, temperatures and positions no decay."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            factor = cfg.lr_vision if name.startswith("vision.") else cfg.lr_text if name.startswith("text.") else 1.0
+            decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith((".pos", ".cls", "kind")) else 0.0
+            groups.setdefault((factor, decay), []).append(p)
+    return torch.optim.AdamW([{"params": ps, "factor": f, "weight_decay": d} for (f, d), ps in groups.items()],
+                             lr=cfg.lr, betas=(0.9, 0.98), fused=device == "cuda")
+
+
+def build_model(cfg, tokenizer):
+    """MRPLIP of the configured size, with public weights in its towers where paths are given."""
+    torch.manual_seed(cfg.seed)
+    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[cfg.size])
+    if cfg.vision_weights:
+        model.vision = networks.load_vit(cfg.vision_weights)
+    if cfg.clip_weights:
+        networks.adopt_text(model, networks.load_clip(cfg.clip_weights)[1])
+    return model
+
+
+def save_checkpoint(folder, model, optimizer, step, cfg):
+    """ckpt.pt (and the one before it as ckpt_prev.pt): each appears whole or not at all."""
+    new, old = Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": dataclasses.asdict(cfg)}, f"{new}.tmp")
+    if new.exists():
+        os.replace(new, old)
+    os.replace(f"{new}.tmp", new)
+
+
+def load_checkpoint(folder, cfg, device):
+    """The newest readable checkpoint of a run, or None. ValueError when it was made with other settings, naming them."""
+    for path in (Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as e:
+            print(f"{path} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
+            continue
+        free = ("device", "compile", "workers", "log_every", "save_every", "evaluate", "out", "data")  # do not change the run's result
+        other = [k for k, v in state["config"].items() if k not in free and getattr(cfg, k, None) != v]
+        if other:
+            was = ", ".join(f"{k} {state['config'][k]} -> {getattr(cfg, k, None)}" for k in other)
+            raise ValueError(f"{path} was trained with other settings ({was}): use them again, or another --out")
+        return state
+    return None
+
+
+def versions():
+    """What a log needs to be reproduced: library versions, machine, commit."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "machine": platform.machine(), "git": commit}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def main(argv):
+    """Settings -> processes -> data -> model -> loop -> checkpoint -> evaluation."""
+    cfg = parse(argv)
+
+    # Processes: torchrun sets RANK; without it this is the only one and the same code runs.
+    distributed = "RANK" in os.environ
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if distributed:  # the time-out must outlast rank 0 making the data
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    say = tqdm.write if rank == 0 else lambda *_: None
+    if cfg.bags % (cfg.accumulate * world):
+        raise ValueError(f"--bags {cfg.bags} cannot be split over {world} processes x {cfg.accumulate} micro-batches: use a multiple of {world * cfg.accumulate}")
+
+    # Data, made by the first process while the others wait.
+    run, folder = Path(cfg.out), Path(cfg.data)
+    if rank == 0:
+        if cfg.data == Config.data:
+            make_world(folder)
+        run.mkdir(parents=True, exist_ok=True)
+    if distributed:
+        dist.barrier()
+    bags = data.BagDataset(folder / "train")
+    if rank == 0 and not (run / "tokenizer.json").exists():
+        if cfg.tokenizer:
+            tokenizer = text.Tokenizer.from_clip(cfg.tokenizer)
+        else:  # 5,000 bags of captions are plenty to learn merges from
+            tokenizer = text.Tokenizer.train((c for captions in bags.captions[:5000] for c in captions if c), cfg.vocab)
+        tokenizer.save(run / "tokenizer.json")
+    if distributed:
+        dist.barrier()
+    tokenizer = text.Tokenizer.load(run / "tokenizer.json")
+    context = networks.SIZES[cfg.size]["text"]["context"]
+
+    # Model, optimiser, checkpoint.
+    model = build_model(cfg, tokenizer).to(device)
+    if model.vision.size != bags.S:
+        raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --size {model.vision.size}")
+    if cfg.freeze_vision:
+        model.vision.requires_grad_(False)
+        if device == "cuda":
+            model.vision.to(torch.bfloat16)  # casting the weights at every call would cost half as much again
+    if not (cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva):  # parts no loss reaches must not wait for gradients
+        for m in (model.fuse_image, model.fuse_text, model.fuse_keyword, model.fusion, model.fusion_ln):
+            m.requires_grad_(False)
+    optimizer = make_optimizer(model, cfg, device)
+    state, step = load_checkpoint(run, cfg, device), 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        say(f"continuing {run} at step {step} of {cfg.steps}")
+    elif rank == 0:
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
+    forward = torch.compile(objective, dynamic=False) if cfg.compile else objective
+    if world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, find_unused_parameters=True)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
+    parts = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{len(bags)} bags x 85 patches of {bags.S} px; {parts / 1e6:.1f}M trainable parameters; {world} x {device}; "
+        f"{cfg.bags} bags a step = {cfg.bags * len(losses.level_sizes(1, 1)) and cfg.bags * data.sample_nodes(1, cfg.children).shape[1]} patches")
+
+    # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
+    batches = Batches(bags, tokenizer, cfg, context, rank, world)
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
+                             pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None))
+
+    # A signal only raises a flag; the loop stops after the step, so nothing is half done.
+    stop = torch.zeros(1, device=device)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.fill_(1))
+
+    log = open(run / "log.jsonl", "a") if rank == 0 else None
+    if rank == 0:
+        log.write(json.dumps({"started": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "world": world, **versions(), "config": dataclasses.asdict(cfg)}) + "\n")
+    bar = tqdm(total=cfg.steps, initial=step, desc="train", unit="step", disable=rank > 0, dynamic_ncols=True)
+    sums, waited, since, start = {}, 0.0, time.time(), step
+    while step < cfg.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg) * group["factor"]
+        for micro in range(cfg.accumulate):
+            wait = time.time()
+            batch = next(loader)
+            waited += time.time() - wait
+            batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)  # masks, negatives, stains: a function of the step
+            patches = data.pyramid(data.turn(batch["images"], batch["turns"]), nodes=batch["nodes"])     # [B, N, 3, S, S]
+            if cfg.jitter:
+                patches = data.stain_jitter(patches, cfg.jitter)
+            last = micro == cfg.accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                with autocast:
+                    parts, monitors = forward(patches, batch, step < cfg.warm * cfg.steps)
+                loss = sum(getattr(cfg, name) * part for name, part in parts.items())
+                (loss / cfg.accumulate).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():  # tau in [0.01, 0.5]: below, ITC stops listening to the data
+            for scale in (model.itc_scale, model.cvta_scale):
+                scale.clamp_(math.log(2), math.log(100))
+        step += 1
+        bar.update()
+        for name, x in {"loss": loss, **parts, **monitors, "grad": norm}.items():
+            sums[name] = sums.get(name, 0) + x.detach()
+
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            mean = torch.stack(list(sums.values())) / (step - start)
+            if world > 1:
+                dist.all_reduce(mean)
+                dist.all_reduce(stop)
+            mean = dict(zip(sums, (mean / world).tolist()))
+            speed = (step - start) * cfg.bags / (time.time() - since)
+            row = {"step": step, **mean, "lr": optimizer.param_groups[0]["lr"], "bags_per_s": speed, "wait": waited / (time.time() - since)}
+            if not np.isfinite(row["loss"]):
+                raise ValueError(f"the loss is {row['loss']} at step {step}: restart from {run}/ckpt.pt with a lower --lr ({cfg.lr})")
+            if rank == 0:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix_str(f"{speed:.1f} bags/s")
+                say(f"step {step:5d} | loss {row['loss']:7.3f} | " + " ".join(f"{k} {mean[k]:.3f}" for k in parts)
+                    + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors)
+                    + f" | lr {row['lr']:.1e} | {speed:.1f} bags/s | wait {row['wait']:.0%} | ETA {timedelta(seconds=int((cfg.steps - step) * cfg.bags / speed))}")
+            sums, waited, since, start = {}, 0.0, time.time(), step
+        halt = stop.item() > 0 and (world == 1 or step % cfg.log_every == 0)  # all ranks must agree to leave
+        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
+            save_checkpoint(run, model, optimizer, step, cfg)
+        if halt:
+            bar.close()
+            say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")
+            break
+    bar.close()
+    del loader
+    if distributed:
+        dist.destroy_process_group()
+    if rank == 0 and step == cfg.steps and cfg.evaluate:
+        import evaluate  # here, because the loop does not need it
+        evaluate.report(run, folder / "test", train=folder / "train", device=device)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues where it stopped")
