@@ -274,17 +274,17 @@ TEMPLATES = ("{}.", "The image shows {}.", "This photomicrograph shows {}.", "A 
 # The built-in world's facts. First name = the one used without an ensemble. A test reads them against synthetic.py.
 PROMPTS = {
     "architecture": {
-        "glands": ("well-formed glands", "a glandular pattern", "tubules and rounded glands with open lumina"),
-        "nests": ("solid nests", "a nested pattern", "insular nests and rounded islands"),
-        "trabeculae": ("trabeculae", "a trabecular pattern", "cords and ribbons"),
-        "papillae": ("papillary fronds", "a papillary pattern", "papillae with fibrovascular cores"),
-        "sheets": ("diffuse sheets", "a sheet-like pattern", "patternless solid sheets"),
+        "glands": ("well-formed glands", "crowded glands", "glands with open lumina"),
+        "nests": ("solid nests", "rounded nests", "nests of cells"),
+        "trabeculae": ("parallel trabeculae", "branching trabeculae", "trabeculae and cords"),
+        "papillae": ("papillary fronds", "papillary projections", "papillary structures"),
+        "sheets": ("diffuse sheets", "solid sheets", "sheets of cells without structure"),
     },
     "cytology": {
-        "small round": ("small round dark nuclei", "small blue cells", "uniform small cells with hyperchromatic round nuclei"),
-        "vesicular": ("large vesicular nuclei", "prominent nucleoli", "vesicular nuclei with open chromatin"),
-        "spindle": ("spindle cells", "elongated nuclei", "fusiform spindled cells"),
-        "signet ring": ("signet ring cells", "cells with mucin vacuoles", "crescent nuclei pushed aside by vacuoles"),
+        "small round": ("small round dark nuclei", "small round blue cells", "uniform small round cells"),
+        "vesicular": ("large vesicular nuclei", "vesicular nuclei with prominent nucleoli", "vesicular chromatin"),
+        "spindle": ("spindle cells", "elongated spindle nuclei", "slender spindle cells"),
+        "signet ring": ("signet ring cells", "signet ring cells with vacuoles", "vacuolated signet ring cells"),
     },
     "diagnosis": {name: (name,) for name in (
         "prostatic adenocarcinoma", "cholangiocarcinoma", "nephroblastoma", "Krukenberg tumour", "carcinoid", "paraganglioma",

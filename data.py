@@ -1,0 +1,584 @@
+"""Slides -> bags -> batches: everything between a slide file and the tensors a training step sees.
+
+MR-PLIP (arXiv 2504.18856, section 3.1, multi-resolution data) reads one tissue region at 5x, 10x, 20x and 40x: a 5x patch
+covers the same tissue as its 4 children at 10x, 16 at 20x and 64 at 40x, 1 + 4 + 16 + 64 = 85 patches: a *bag*. The paper
+takes 20 such parents from each of 20,000 slides: 34 million patches of 512 x 512 pixels. Three ideas carry this file:
+
+1. A bag is one square image. The 85 patches are its 2x2-average pyramid cut into tiles, so a bag is read once (each stored
+   tile of the slide decoded once), kept as one JPEG, and augmented as one picture.
+2. The 85 patches are a 4-ary heap in Z-order: the children of node n are 4n+1 .. 4n+4 (top-left, top-right, bottom-left,
+   bottom-right). Kinship, position and mirror images are integer arithmetic on the node's number.
+3. Magnification means microns per pixel, mpp = 10 / magnification; never the index of a pyramid level, which stands for
+   something else in every file (40x, 10x, 2.5x from one scanner; 20x, 10x, 5x from another).
+
+Outline: the tree | Slide | tissue and parents | tiling into tar shards | BagDataset | pyramid and augmentation | pictures and
+the command line. Shape letters: B bags, N nodes, S pixels per patch side. x, y, side are level-0 pixels of the slide.
+"""
+import argparse, difflib, hashlib, io, json, logging, multiprocessing, os, re, signal, sys, tarfile, zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import imagecodecs, numpy as np, tifffile, torch
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+MAGS, NODES = (5, 10, 20, 40), 85
+LEVELS = (slice(0, 1), slice(1, 5), slice(5, 21), slice(21, 85))        # the nodes of each magnification
+SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif")           # what a folder is searched for
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)                # a bad file is reported once, by us
+
+# ---------------------------------------------------------------- the tree (plain arithmetic, on int, numpy or torch)
+
+def mpp_of(mag):
+    """Microns per pixel at a magnification: 2.0 at 5x, 0.25 at 40x."""
+    return 10 / mag
+
+def parent(n, b=4):
+    """The node above n in a b-ary heap; the root, n = 0, has none."""
+    return (n - 1) // b
+
+def children(n, b=4):
+    """The b nodes below n, in the order TL, TR, BL, BR when b = 4."""
+    return [b * n + 1 + q for q in range(b)]
+
+def level(n, b=4):
+    """0, 1, 2, 3 for a node at 5x, 10x, 20x, 40x."""
+    return (n > 0) * 1 + (n > b) * 1 + (n > b + b * b) * 1
+
+def place(n):
+    """Node -> (level, row, column) on its level's 2^level x 2^level grid. The rank of a node within its level is the Z-order
+    code of its place, the bits of row and column taken in turns: so the even bits spell the column, the odd ones the row."""
+    rank = n - ((n > 0) * 1 + (n > 4) * 4 + (n > 20) * 16)
+    return level(n), rank >> 1 & 1 | rank >> 2 & 2 | rank >> 3 & 4, rank & 1 | rank >> 1 & 2 | rank >> 2 & 4
+
+def square(n, x, y, side):
+    """(x, y, side) of node n in the bag whose 5x parent is (x, y, side); exact when side is a multiple of 8."""
+    lev, row, col = place(n)
+    return x + col * side // 2 ** lev, y + row * side // 2 ** lev, side // 2 ** lev
+
+# ---------------------------------------------------------------- slides
+
+class Slide:
+    """A TIFF-family slide: SVS or pyramidal TIFF; JPEG, JPEG 2000, LZW, deflate or raw; tiles or strips; 8-bit RGB.
+
+    .name file name; .size (W, H); .mpp level-0 microns per pixel and .mpp_source its origin (`mpp` overrides the file's);
+    .mags the magnifications truly in it; .levels [(downsample, (w, h))], finest first. `threads` tiles are decoded at a time
+    (decoders release the interpreter lock). Raises ValueError or OSError: one sentence with the file and the remedy."""
+
+    def __init__(self, path, mpp=None, threads=None):
+        self.path, self.name = str(path), Path(path).name
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
+        try:
+            self.tif = tifffile.TiffFile(path)
+            # Aperio tiles its levels and nothing else (thumbnail, label, macro); elsewhere the slide is the largest series
+            series = max(self.tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
+            tiled = [p for p in self.tif.pages if p.is_tiled] if self.tif.is_svs else []
+            pages = tiled or [lev.keyframe for lev in series.levels]
+            end = max((o + n for p in pages if p.decode for o, n in zip(p.dataoffsets, p.databytecounts)), default=0)
+        except Exception as e:                            # tifffile has no one class of error for what is not a sound TIFF
+            raise ValueError(f"{path} cannot be opened as a TIFF-family slide ({_line(e)}): it is damaged or of another kind; "
+                             "copy it again or convert it to a tiled pyramidal TIFF") from e
+        if not 0 < end <= os.path.getsize(path):
+            raise ValueError(f"{path} is truncated (tiles to byte {end:,}, file of {os.path.getsize(path):,}): copy it again")
+        self.size = W, H = pages[0].imagewidth, pages[0].imagelength
+        self.levels, self.pages = [], []
+        for p in pages:
+            w, h, d = p.imagewidth, p.imagelength, W / p.imagewidth
+            if abs(d - round(d)) * w <= round(d):         # 4443 / 2221 is a halving that dropped a column, not 2.0005
+                d = float(round(d))
+            if p.dtype != np.uint8 or p.samplesperpixel not in (3, 4) or p.planarconfig != 1:
+                raise ValueError(f"{path} is not 8-bit RGB ({p.samplesperpixel} channels of {p.dtype}): convert it first")
+            if abs(H / d - h) <= 1 + 0.01 * h and (w, h) not in dict(self.levels).values():     # else another picture, or focus
+                self.levels.append((d, (w, h)))
+                self.pages.append(p)
+        self.mpp, self.mpp_source = self._mpp(mpp)
+        if not 0.02 < self.mpp < 2.4:
+            raise ValueError(f"{path}: {self.mpp:g} um/px ({self.mpp_source}) is not within 0.02-2.4: pass its true --mpp")
+        # 40x needs 0.3 um/px or finer, 20x 0.6, ...: what scanners call 40x spreads over 0.2-0.28, their 20x over 0.45-0.55
+        self.mags = tuple(m for m in MAGS if self.mpp < 1.2 * mpp_of(m))
+        self.pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
+
+    def _mpp(self, given):
+        tags, text = self.tif.pages[0].tags, self.tif.pages[0].description or ""
+        unit = {2: 25400, 3: 10000}.get(int(tags.valueof("ResolutionUnit", 2)), 0)      # microns per inch, per cm
+        num, den = tags.valueof("XResolution", (0, 1))
+        tiff, aperio, app = unit * den / max(num, 1), *(re.search(rf"\b{k}\s*=\s*([\d.]+)", text) for k in ("MPP", "AppMag"))
+        if given is not None:
+            return float(given), "--mpp"
+        if aperio:
+            return float(aperio[1]), "Aperio MPP"
+        if 0.1 <= tiff <= 2.5:                            # beyond that it is a printer's 72 dpi, not a microscope's
+            return tiff, "TIFF XResolution"
+        hint = f"its AppMag of {app[1]} is no scale, but suggests {10 / float(app[1]):g}" if app else "about 0.25 if scanned at 40x"
+        raise ValueError(f"{self.path} does not say its microns per pixel: pass --mpp ({hint})")
+
+    def best_level(self, downsample):
+        """Index of the coarsest stored level at least as fine as `downsample` (1 % slack for odd level sizes)."""
+        return max((d, i) for i, (d, _) in enumerate(self.levels) if d <= max(1, downsample) * 1.01)[1]
+
+    def read(self, x, y, side, out):
+        """The square (x, y, side) -> uint8 [out, out, 3], each pixel the average of what it covers (see `resize`), white
+        outside the slide. Any numbers will do; corners are exact to half a pixel of the level that is read."""
+        i = self.best_level(side / out)
+        d, page = self.levels[i][0], self.pages[i]
+        x, y, n = round(x / d), round(y / d), max(1, round(side / d))
+        th, tw = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+        top, left, bottom, right = y // th, x // tw, -(-(y + n) // th), -(-(x + n) // tw)
+        down, across = -(-page.imagelength // th), -(-page.imagewidth // tw)
+        # the canvas is aligned to the tiles: each is decoded once and lands whole, and the square is a view of the canvas
+        canvas = np.full(((bottom - top) * th, (right - left) * tw, 3), 255, np.uint8)
+
+        def paste(rc):
+            r, c = rc
+            tile = self._tile(page, r * across + c)
+            if tile is not None:                          # the last tiles hang over the slide's edge: cut them there
+                tile = tile[:page.imagelength - r * th, :page.imagewidth - c * tw]
+                canvas[(r - top) * th:, (c - left) * tw:][:len(tile), :tile.shape[1]] = tile
+        list(self.pool.map(paste, [(r, c) for r in range(max(0, top), min(down, bottom))
+                                   for c in range(max(0, left), min(across, right))]))
+        return resize(canvas[y - top * th:, x - left * tw:][:n, :n], out)
+
+    def _tile(self, page, k):                             # tile or strip k -> uint8 [h, w, 3]; None if none was stored
+        if not page.databytecounts[k]:
+            return None
+        try:                                              # pread moves no file position, so threads may share the handle
+            data = os.pread(self.tif.filehandle.fileno(), page.databytecounts[k], page.dataoffsets[k])
+            return page.decode(data, k, jpegtables=page.jpegtables, jpegheader=page.jpegheader)[0][0, :, :, :3]
+        except Exception as e:
+            raise ValueError(f"{self.path}: tile {k} of its {page.imagewidth} x {page.imagelength} level cannot be decoded "
+                             f"({_line(e)}): the file is damaged, copy it again or leave it out") from e
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown()
+        self.tif.close()
+
+def _line(e):
+    return " ".join(str(e).split())[:150] or type(e).__name__
+
+def resize(a, out):
+    """uint8 [n, n, 3] -> [out, out, 3]. Whole factors are exact: the mean of k x k pixels, or each pixel repeated, which
+    averaging undoes. Others use the anti-aliased triangle filter, which UNI's own pre-processing applies to 512-pixel patches."""
+    n, k = len(a), max(1, len(a) // out)
+    if n == out:
+        return np.ascontiguousarray(a)
+    if n == k * out:
+        small = np.empty((out, out, 3), np.uint8)
+        for i in range(0, out, 16):                       # in bands that stay in the cache
+            rows = sum(a[i * k + j:(i + 16) * k:k].astype(np.uint32 if k > 16 else np.uint16) for j in range(k))
+            small[i:i + 16] = (sum(rows[:, j::k] for j in range(k)) + k * k // 2) // (k * k)
+        return small
+    if out % n == 0:
+        return a.repeat(out // n, 0).repeat(out // n, 1)
+    x = torch.from_numpy(np.ascontiguousarray(a)).permute(2, 0, 1)[None]    # channels-last uint8: torch's fastest path
+    x = torch.nn.functional.interpolate(x, size=(out, out), mode="bilinear", antialias=True)
+    return x[0].permute(1, 2, 0).contiguous().numpy()
+
+def thumbnail(slide, scale):
+    """The slide at one pixel per scale x scale level-0 pixels, uint8 [h, w, 3]; read in blocks, to need little memory even
+    where no coarse level is stored."""
+    w, h = (-(-n // scale) for n in slide.size)
+    image = np.empty((h, w, 3), np.uint8)
+    for y, x in ((y, x) for y in range(0, h, 128) for x in range(0, w, 128)):
+        block = slide.read(x * scale, y * scale, 128 * scale, 128)
+        image[y:y + 128, x:x + 128] = block[:h - y, :w - x]
+    return image
+
+# ---------------------------------------------------------------- tissue and parents
+
+def tissue_mask(slide, um=8.0, low=6, high=12):
+    """-> (mask bool [h, w], scale): where tissue is, at about `um` microns (`scale` level-0 pixels) per mask pixel.
+
+    Haematoxylin and eosin both absorb green more than red or blue; glass, fat vacuoles, dust and green pen do not. So stain
+    is (R + B) / 2 - G in grey levels, cut at Otsu's threshold. `low` and `high` bound it: on a slide that is all glass Otsu
+    would split noise, on one that is all tissue it would discard the pale half."""
+    scale = max(1, round(um / slide.mpp))
+    r, g, b = np.moveaxis(thumbnail(slide, scale).astype(np.int16), 2, 0)
+    stain = np.clip((r + b) // 2 - g, 0, 255)
+    count = np.bincount(stain.ravel(), minlength=256).astype(float)
+    below, total = count.cumsum(), (count * np.arange(256)).cumsum()
+    between = (total[-1] * below - total * below[-1]) ** 2 / np.maximum(below * (below[-1] - below), 1)    # Otsu 1979, eq. 18
+    votes = np.pad((stain > np.clip(between.argmax(), low, high)).astype(np.int8), 1, mode="edge")
+    votes = votes[:-2] + votes[1:-1] + votes[2:]          # the majority of 3 x 3 drops specks and closes pinholes, but a fat
+    return votes[:, :-2] + votes[:, 1:-1] + votes[:, 2:] > 4, scale       # cell, 50-100 um wide, stays a hole
+
+def tissue_fraction(mask, scale, x, y, side):
+    """Tissue share of squares (int arrays of one shape), exact also where they cut mask pixels; off the slide counts as glass."""
+    table = np.pad(mask.astype(float).cumsum(0).cumsum(1), ((1, 0), (1, 0)))             # summed areas
+    def area(u, v):                                       # mask left of u and above v: bilinear in the table
+        u, v = np.clip(u / scale, 0, mask.shape[1]), np.clip(v / scale, 0, mask.shape[0])
+        j, i = np.minimum(u.astype(int), mask.shape[1] - 1), np.minimum(v.astype(int), mask.shape[0] - 1)
+        a, b = u - j, v - i
+        return (1 - b) * ((1 - a) * table[i, j] + a * table[i, j + 1]) + b * ((1 - a) * table[i + 1, j] + a * table[i + 1, j + 1])
+    return (area(x + side, y + side) - area(x, y + side) - area(x + side, y) + area(x, y)) * (scale / side) ** 2
+
+def choose_parents(slide, patch=512, parents=20, min_tissue=0.5, seed=0):
+    """-> [(x, y, side, tissue float [85])]: at most `parents` 5x parents that do not overlap, in reading order.
+
+    A parent is `patch` pixels wide at 5x by the slide's true mpp (not its nominal magnification), rounded to 8 level-0 pixels
+    so that all four levels tile it exactly. Candidates are a centred grid; a slide smaller than one parent gets one, padded
+    with white. The draw depends on slide name and `seed` alone, so adding slides changes nothing for the others."""
+    (W, H), side = slide.size, max(8, 8 * round(patch * mpp_of(5) / slide.mpp / 8))
+    mask, scale = tissue_mask(slide, um=min(8, patch / 16))                 # at least four mask pixels across a 40x patch
+    nx, ny = max(1, W // side), max(1, H // side)
+    grid = np.meshgrid((W - nx * side) // 2 + side * np.arange(nx), (H - ny * side) // 2 + side * np.arange(ny))
+    x, y, sides = square(np.arange(NODES), *(g.reshape(-1, 1) for g in grid), side)
+    tissue = tissue_fraction(mask, scale, x, y, np.broadcast_to(sides, x.shape))
+    rng = np.random.default_rng([seed, zlib.crc32(slide.name.encode())])
+    drawn = rng.permutation(np.flatnonzero(tissue[:, 0] >= min_tissue))[:parents]
+    return [(int(x[i, 0]), int(y[i, 0]), side, tissue[i]) for i in sorted(drawn)]
+
+# ---------------------------------------------------------------- tiling: slides -> tar shards
+
+def find_slides(paths):
+    """Files and folders (of slides, not searched deeper) -> paths sorted by file name, which must be unique."""
+    found = set()
+    for p in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
+        inside = [f for f in p.iterdir() if f.suffix.lower() in SUFFIXES] if p.is_dir() else [p]
+        if not inside or not p.exists():
+            raise ValueError(f"{p} " + (f"holds no slides ({' '.join(SUFFIXES)})" if p.exists() else "does not exist") + ": check the path")
+        found.update(inside)
+    found = sorted(found, key=lambda f: (f.name, str(f)))
+    for a, b in zip(found, found[1:]):
+        if a.name == b.name:
+            raise ValueError(f"{a} and {b} share a name, and bags are known by it: rename one")
+    return found
+
+def mpp_table(mpp, names):
+    """--mpp (None, a number, a dict, or a CSV file of slide,mpp lines) -> {slide name: mpp or None}."""
+    try:
+        return dict.fromkeys(names, mpp if mpp is None else float(mpp))
+    except (TypeError, ValueError):
+        if not isinstance(mpp, dict) and not Path(mpp).is_file():
+            raise ValueError(f"--mpp {mpp} is neither a number nor a file: give microns per pixel or a CSV of slide,mpp") from None
+        lines = [] if isinstance(mpp, dict) else Path(mpp).read_text().splitlines()
+    table = dict(mpp) if isinstance(mpp, dict) else {}
+    for i, line in enumerate(lines, 1):
+        try:
+            name, value = line.split(",")
+            table[name.strip()] = float(value)
+        except ValueError:
+            if line.strip() and i > 1:                    # line 1 may be a heading
+                raise ValueError(f"{mpp}:{i}: expected slide,mpp and found {line.strip()!r}") from None
+    return {n: table.get(n) for n in names}
+
+def _tile_slide(job):
+    """Write one slide's shard and its row of slides.jsonl -> the row, or the sentence that says why not."""
+    path, key, shard, mpp, threads, settings = job
+    temp = shard.with_suffix(".tar.tmp")
+    try:
+        with Slide(path, mpp, threads) as slide:
+            bags = choose_parents(slide, *(settings[k] for k in ("patch", "parents", "min_tissue", "seed")))
+            with tarfile.open(temp, "w") as tar:
+                for i, (x, y, side, tissue) in enumerate(bags):
+                    # 4:2:2: stain colour tells nucleus from cytoplasm, and the usual 4:2:0 quarters it
+                    jpg = imagecodecs.jpeg8_encode(slide.read(x, y, side, 8 * settings["S"]), settings["quality"], subsampling="422")
+                    meta = dict(slide=slide.name, x=x, y=y, side=side, mpp=slide.mpp, levels=slide.mags,
+                                tissue=[round(float(t), 4) for t in tissue])
+                    for suffix, data in (("jpg", jpg), ("json", json.dumps(meta).encode())):
+                        info = tarfile.TarInfo(f"{key}-{i:02d}.{suffix}")   # without time and user: same slide, same bytes
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+        if bags:
+            os.replace(temp, shard)
+        row = dict(slide=slide.name, shard=shard.name if bags else None, bags=len(bags), mpp=slide.mpp, settings=settings)
+        with open(shard.parent / "slides.jsonl", "a") as f:                 # after the shard: a row is a promise
+            f.write(json.dumps(row) + "\n")
+        return row
+    except (ValueError, OSError) as e:
+        return str(e)
+    finally:
+        temp.unlink(missing_ok=True)
+
+def tile(slides, out, S=224, patch=512, parents=20, min_tissue=0.5, mpp=None, seed=0, workers=1, quality=90):
+    """Slides (files or folders) -> one tar shard each in folder `out`, finished ones skipped: the same call continues a
+    stopped one. S: stored pixels per patch side, each bag an 8S x 8S JPEG. patch: the paper's pixels per patch at its
+    magnification, which sets the field of view. workers: processes, a slide each. Unreadable slides are reported and left out.
+    -> dict(slides, done, bags, empty, failed): counts over the slides given."""
+    paths, out = find_slides(slides), Path(out)
+    mpps = mpp_table(mpp, [p.name for p in paths])
+    settings = dict(S=S, patch=patch, parents=parents, min_tissue=min_tissue, seed=seed, quality=quality)
+    for name, least in (("S", 1), ("patch", 16), ("parents", 1), ("seed", 0), ("quality", 1)):
+        if settings[name] < least:
+            raise ValueError(f"{name} is {settings[name]}, which is less than {least}: choose another value")
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob("bags-*.tar.tmp"):
+        stale.unlink()
+    table = out / "slides.jsonl"
+    if table.exists() and not (text := table.read_text()).endswith("\n"):   # a row cut off by a crash: its slide is not done
+        table.write_text(text[:text.rfind("\n") + 1])
+    done = {row["slide"]: row for _, row in read_jsonl(table)} if table.exists() else {}
+    for name, row in done.items():
+        old, new = dict(row["settings"], mpp=row["mpp"]), dict(settings, mpp=mpps.get(name) or row["mpp"])
+        if old != new:
+            changed = ", ".join(f"{k} {old[k]} is now {new[k]}" for k in new if old.get(k) != new[k])
+            raise ValueError(f"{out} holds {name} tiled with other settings ({changed}): repeat those or choose another --out")
+    # shard numbers go to slides in order of name before any work starts: neither workers nor interruptions change them
+    taken, stems, jobs = {row["shard"] for row in done.values()}, {Path(name).stem for name in done}, []
+    free = (shard for i in range(10 ** 6) if (shard := out / f"bags-{i:06d}.tar").name not in taken)
+    for p in (p for p in paths if p.name not in done):
+        key = re.sub(r"[^\w-]", "_", p.stem)              # no dot: tar readers group a bag's files by the name up to the first
+        if key != p.stem or key in stems:                 # then another slide may come to the same key
+            key += "-" + hashlib.sha1(p.name.encode()).hexdigest()[:8]
+        stems.add(p.stem)
+        jobs.append((p, key, next(free), mpps[p.name], max(1, (os.cpu_count() or 1) // max(1, workers)), settings))
+    pool, bar, failed = None, tqdm(total=len(paths), initial=len(paths) - len(jobs), unit="slide", disable=None), 0
+    try:
+        if workers > 1 and len(jobs) > 1:                 # spawn, because a fork of a process that has run torch may hang
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)          # workers inherit it and finish the slide in hand
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+            results = pool.map(_tile_slide, jobs)
+            signal.signal(signal.SIGINT, handler)
+        for job, row in zip(jobs, results if pool else map(_tile_slide, jobs)):
+            bar.update()
+            if isinstance(row, str):
+                failed += 1
+                bar.write(f"left out: {row}", file=sys.stderr)
+            elif not row["bags"]:
+                bar.write(f"no parent: {job[0]} has no square of {patch} pixels at 5x with {min_tissue:.0%} tissue", file=sys.stderr)
+    finally:
+        bar.close()
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    rows = [row for _, row in read_jsonl(table) if row["slide"] in mpps] if table.exists() else []
+    return dict(slides=len(paths), done=len(rows), bags=sum(r["bags"] for r in rows), empty=sum(not r["bags"] for r in rows),
+                failed=failed)
+
+# ---------------------------------------------------------------- bags as a dataset
+
+def read_jsonl(path):
+    """Yield (line number, record) of a JSON-lines file; a broken line is a ValueError naming file:line."""
+    with open(path) as f:
+        for i, line in enumerate(f, 1):
+            try:
+                if line.strip():
+                    yield i, json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}:{i}: not JSON ({e.msg}): mend or delete this line") from None
+
+class BagDataset(torch.utils.data.Dataset):
+    """All bags in a folder of shards: ds[i] -> dict(key, slide, index i, image uint8 [3, 8S, 8S], valid bool [85], captions [85]
+    of str or None). valid: the slide has the magnification and at least `min_node` of the patch is tissue. Blank patches stay
+    in the tree, since kinship is by number, but masked, since captioners invent findings on glass. A valid node without a
+    caption is a ValueError, unless captions=False. .meta[i] is the bag's json, .keys[i] its key, .S the patch side. Captions
+    are held in memory, about 150 bytes each."""
+
+    def __init__(self, folder, captions=True, min_node=0.1):
+        self.folder, self.keys, self.meta, self.S = Path(folder), [], [], None
+        self.spots, self.valid, self.captions, self._truth = [], [], [], {}
+        for shard in sorted(self.folder.glob("bags-*.tar")):
+            first = len(self.keys)
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.name.endswith(".jpg"):
+                        self.spots.append((shard, member.offset_data, member.size))
+                    elif member.name.endswith(".json"):   # follows its jpg
+                        self.keys.append(member.name[:-5])
+                        self.meta.append(json.loads(tar.extractfile(member).read()))
+            size = Image.open(io.BytesIO(self._bytes(first))).width
+            if size != 8 * (self.S or size // 8):
+                raise ValueError(f"{shard} holds bags of {size} pixels, those before it {8 * self.S}: tile each size into its own folder")
+            self.S = size // 8
+            for meta in self.meta[first:]:
+                there = [MAGS[level(n)] in meta["levels"] and meta["tissue"][n] >= min_node for n in range(NODES)]
+                self.valid.append(torch.tensor(there))
+            self.captions += self._captions(shard, first) if captions else [[None] * NODES for _ in self.keys[first:]]
+        if not self.keys:
+            raise ValueError(f"{folder} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {folder}`")
+
+    def _captions(self, shard, first):
+        path, fix = shard.with_suffix(".captions.jsonl"), f"caption it with `python text.py caption {self.folder}`"
+        rows = {k: [None] * NODES for k in self.keys[first:]}
+        for i, r in read_jsonl(path) if path.exists() else ():
+            try:
+                rows.get(r["key"], [None] * NODES)[r["node"]] = r["caption"]
+            except (KeyError, TypeError, IndexError):
+                raise ValueError(f'{path}:{i}: expected {{"key": ..., "node": 0-84, "caption": ...}}: {fix}') from None
+        lack = [(n, k) for k, v in zip(rows, self.valid[first:]) for n in range(NODES) if v[n] and not rows[k][n]]
+        if lack:
+            raise ValueError(f"{path} {'has no' if path.exists() else 'does not exist: no'} caption for node {lack[0][0]} of bag "
+                             f"{lack[0][1]} ({len(lack)} missing in all): {fix}")
+        return list(rows.values())
+
+    def truth(self, i):
+        """Ground truth of bag i from bags-*.truth.jsonl ({"key", "node", ...} a line): 85 of dict or None; None without a file."""
+        path = self.spots[i][0].with_suffix(".truth.jsonl")
+        if path not in self._truth:
+            self._truth[path] = {}
+            for _, r in read_jsonl(path) if path.exists() else ():
+                self._truth[path].setdefault(r["key"], [None] * NODES)[r["node"]] = r
+        return self._truth[path].get(self.keys[i])
+
+    def _bytes(self, i):
+        shard, offset, size = self.spots[i]
+        with open(shard, "rb") as f:                      # opened anew each time: 10 us, and no handle to share or run out of
+            return os.pread(f.fileno(), size, offset)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i):
+        image = torch.from_numpy(imagecodecs.jpeg8_decode(self._bytes(i))).permute(2, 0, 1)
+        return dict(key=self.keys[i], slide=self.meta[i]["slide"], index=i, image=image, valid=self.valid[i], captions=self.captions[i])
+
+def collate(items):
+    """List of ds[i] -> one dict: image uint8 [B,3,8S,8S], valid bool [B,85], index [B]; key, slide and captions as lists."""
+    batch = {k: [item[k] for item in items] for k in items[0]}
+    return dict(batch, image=torch.stack(batch["image"]), valid=torch.stack(batch["valid"]), index=torch.tensor(batch["index"]))
+
+# ---------------------------------------------------------------- pyramid and augmentation, on any device
+
+def sample_nodes(B, b, generator=None, first=False):
+    """A random b of the 4 children (or the `first` b) at every kept node -> LongTensor [B, N], N = 1 + b + b^2 + b^3.
+
+    It is a b-ary heap of 4-ary node numbers: entry j's parent is entry (j-1)//b. Siblings are in rising order."""
+    heap = [torch.zeros(B, 1, dtype=torch.long, device=generator.device if generator else "cpu")]
+    for _ in range(3):
+        shape, device = (*heap[-1].shape, 4), heap[-1].device
+        lot = torch.arange(4.).expand(shape) if first else torch.rand(shape, generator=generator, device=device)
+        heap.append((4 * heap[-1][..., None] + 1 + lot.argsort(-1)[..., :b].sort(-1).values).flatten(1))
+    return torch.cat(heap, 1)
+
+def pyramid(images, b=4, nodes=None):
+    """images [B,3,8S,8S], uint8 or float in [0,1] -> patches float32 [B,N,3,S,S] in [0,1], in heap order.
+
+    Each level is the 2x2 average of the next, so a parent is exactly the average of its children. `nodes` [B,N] from
+    `sample_nodes` picks which to cut; without it, the first b children everywhere. Others are never made: b < 4 is cheap."""
+    if nodes is None:
+        nodes = sample_nodes(1, b, first=True).to(images.device).expand(len(images), -1)
+    b, S = {4: 1, 15: 2, 40: 3, 85: 4}[nodes.shape[1]], images.shape[3] // 8
+    bag, patches, unit = torch.arange(len(images), device=images.device)[:, None], [], 1 if images.is_floating_point() else 255
+    by_level = nodes.split([b ** lev for lev in range(4)], 1)
+    for lev in (3, 2, 1, 0):
+        _, row, col = place(by_level[lev])
+        grid = images.unflatten(3, (2 ** lev, S)).unflatten(2, (2 ** lev, S))                # [B, 3, rows, S, cols, S]
+        patches.append(grid[bag, :, row, :, col].float() / unit)                             # [B, b^lev, 3, S, S]
+        if lev:
+            images = sum(images[..., i::2, j::2].float() for i in (0, 1) for j in (0, 1)) / 4
+    return torch.cat(patches[::-1], 1)
+
+def turn(patches, turns):
+    """Turn or mirror all patches of a bag alike: [B, ..., S, S], turns [B] in 0..7 -> same shape. Histology has no right way up.
+
+    Of a turn's bits, 4 transposes, then 1 mirrors left-right and 2 up-down: the 8 symmetries of the square. Turning every
+    patch in its place is turning the bag as a whole and renaming its nodes; no loss depends on the names."""
+    has = lambda bit: (turns & bit > 0).view(-1, *[1] * (patches.dim() - 1))
+    patches = torch.where(has(4), patches.transpose(-1, -2), patches)
+    patches = torch.where(has(1), patches.flip(-1), patches)
+    return torch.where(has(2), patches.flip(-2), patches)
+
+# Ruifrok & Johnston 2001: optical density of haematoxylin, eosin and DAB (here a residual) in red, green and blue
+HED = torch.nn.functional.normalize(torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]]))
+
+def stain_jitter(patches, strength=0.05, generator=None):
+    """Vary the staining, alike for all patches of a bag: float [B,...,3,H,W] in [0,1] -> the same (Tellez et al. 2018).
+
+    Light is absorbed exponentially, so stains add up in optical density. There each stain gets a random gain 1 +- strength and
+    offset +- strength: one 3 x 3 matrix and one vector per bag."""
+    B, device = len(patches), generator.device if generator else "cpu"
+    gain, offset = ((torch.rand(2, B, 3, generator=generator, device=device) * 2 - 1) * strength).to(patches.device)
+    hed = HED.to(patches.device)
+    matrix = torch.linalg.inv(hed) @ ((1 + gain)[:, :, None] * hed)                          # density -> stains -> density
+    density = torch.einsum("b...chw,bcd->b...dhw", -patches.clamp(1 / 255, 1).log(), matrix)
+    return (-density - (offset @ hed).view(B, *[1] * (patches.dim() - 4), 3, 1, 1)).exp().clamp(0, 1)
+
+# ---------------------------------------------------------------- pictures and the command line
+
+def preview(path, out, mpp=None, patch=512, parents=20, min_tissue=0.5, seed=0, px=448):
+    """One slide as a PNG: its thumbnail with tissue outlined and parents numbered, and beside it one bag walked from its 5x
+    patch down to four 40x patches; the yellow frame in each panel is the patch whose children the walk takes next."""
+    with Slide(path, mpp) as slide:
+        bags, gap, top = choose_parents(slide, patch, parents, min_tissue, seed), 6, 22
+        scale = max(1, round(max(slide.size) / (2 * px + top)))
+        pixels, (mask, step) = thumbnail(slide, scale), tissue_mask(slide, min(8, patch / 16))
+        h, w = pixels.shape[:2]
+        mask = mask[np.ix_((np.arange(h) * scale // step).clip(max=len(mask) - 1), (np.arange(w) * scale // step).clip(max=mask.shape[1] - 1))]
+        edge = mask & ~np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(5))).astype(bool)
+        pixels[~mask] = pixels[~mask] * 0.75 + 0.25 * 60                                     # glass is dimmed
+        pixels[edge] = 0, 140, 60
+        page = Image.new("RGB", (w + bool(bags) * (2 * px + 3 * gap), max(h, 2 * px + top) + top), "white")
+        page.paste(Image.fromarray(pixels), (0, top))
+        draw = ImageDraw.Draw(page)
+        draw.text((4, 5), f"{slide.name}   {slide.mpp:g} um/px ({slide.mpp_source})   {len(bags)} parents", "black", font_size=13)
+        shown = max(bags, key=lambda bag: bag[3][0], default=None)
+        for i, (x, y, side, _) in enumerate(bags):
+            x, y, x1, y1 = x // scale, y // scale + top, (x + side) // scale, (y + side) // scale + top
+            draw.rectangle([x, y, x1, y1], outline="orange" if bags[i] is shown else "mediumblue", width=3)
+            draw.text((x + 7, y + 5), str(i), "black", font_size=16)
+        walk = [0]
+        for lev, mag in enumerate(MAGS if shown else ()):
+            x, y = w + 2 * gap + lev % 2 * (px + gap), lev // 2 * (px + top) + top
+            nodes, tiles = (children(walk[2]), 2) if lev == 3 else (range(NODES)[LEVELS[lev]], 2 ** lev)
+            draw.text((x, y - 17), f"{mag}x: {len(nodes)}{' of 64' * (lev == 3)}, {mpp_of(mag):g} um/px, {patch * mpp_of(mag):g} um wide"
+                      + " - not in this slide" * (mag not in slide.mags), "black", font_size=13)
+            for n in nodes if mag in slide.mags else ():
+                (_, row, col), cell = place(n), px // tiles
+                u, v = x + col % tiles * cell, y + row % tiles * cell
+                page.paste(Image.fromarray(slide.read(*square(n, *shown[:3]), cell - 2)), (u + 1, v + 1))
+                if lev < 3 and n == walk[lev]:
+                    draw.rectangle([u, v, u + cell - 1, v + cell - 1], outline="gold", width=3)
+            walk.append(max(children(walk[-1]), key=lambda n: shown[3][n] if n < NODES else 0))    # down where tissue is
+    page.save(out)
+
+def inspect(path, mpp=None, patch=512):
+    """Print what a slide holds and which stored level each magnification would be read from."""
+    with Slide(path, mpp) as s:
+        page, side = s.pages[0], 8 * round(patch * mpp_of(5) / s.mpp / 8)
+        kind = f"{page.tilewidth} x {page.tilelength} tiles" if page.is_tiled else f"strips of {page.rowsperstrip} rows"
+        print(f"{s.path}\n  {s.size[0]} x {s.size[1]} px, {s.mpp:g} um/px ({s.mpp_source}), {page.compression.name} {kind}")
+        for i, (d, (w, h)) in enumerate(s.levels):
+            print(f"  level {i}: {w} x {h}, downsample {d:g}, {s.mpp * d:g} um/px")
+        for mag in MAGS:
+            i = s.best_level(mpp_of(mag) / s.mpp)
+            print(f"  {mag:>2}x, {mpp_of(mag):g} um/px: " + (f"from level {i}, reduced {mpp_of(mag) / s.mpp / s.levels[i][0]:.3g} times"
+                  if mag in s.mags else "not in this slide, its nodes are masked"))
+        print(f"  a bag: {LEVELS[len(s.mags) - 1].stop} of {NODES} nodes, {side} px at level 0 ({side * s.mpp:.0f} um) wide")
+
+def main():
+    """The command line; see `python data.py -h`."""
+    p = argparse.ArgumentParser(description="Slides -> bags of 85 patches at 5x, 10x, 20x and 40x.")
+    sub = p.add_subparsers(dest="command", required=True)
+    flags = (("--mpp", str, None, "level-0 microns per pixel, or a CSV of slide,mpp lines; default: what the file says", "itp"),
+             ("--patch", int, 512, "patch side in pixels at its magnification: the field of view", "itp"),
+             ("--parents", int, 20, "most 5x parents per slide", "tp"), ("--seed", int, 0, "which parents are drawn", "tp"),
+             ("--min-tissue", float, 0.5, "least tissue share of a parent", "tp"), ("--size", int, 224, "stored pixels per patch side", "t"),
+             ("--workers", int, 1, "processes, a slide each", "t"), ("--quality", int, 90, "JPEG quality of a bag", "t"))
+    for name, what in (("inspect", "what a slide holds"), ("tile", "slides -> tar shards"), ("preview", "a slide as a picture")):
+        c = sub.add_parser(name, help=what, description=what, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c.add_argument("slides", nargs=1 if name == "preview" else "+", metavar="SLIDE", help="file" + " or folder" * (name != "preview"))
+        for flag, kind, default, text, where in flags:
+            if name[0] in where:
+                c.add_argument(flag, type=kind, default=default, help=text)
+        if name != "inspect":
+            c.add_argument("--out", required=True, help="folder of shards" if name == "tile" else "PNG to write")
+    args, unknown = p.parse_known_args()
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], ["--out"] + [f[0] for f in flags], 1)
+        p.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
+    a = vars(args)
+    command, paths, mpp = a.pop("command"), find_slides(a.pop("slides")), a.pop("mpp")
+    mpps, refused = mpp_table(mpp, [p.name for p in paths]), 0
+    if command == "tile":
+        n = tile(paths, mpp=mpps, S=a.pop("size"), **a)
+        print(f"{n['bags']} bags from {n['done'] - n['empty']} of {n['slides']} slides in {a['out']}")
+        refused = n["failed"]
+    for path in paths if command != "tile" else ():
+        try:
+            (inspect if command == "inspect" else preview)(path, mpp=mpps[path.name], **a)
+        except (ValueError, OSError) as e:
+            refused += 1
+            print(f"refused: {e}")
+    if refused:
+        sys.exit(f"error: {refused} of {len(paths)} slides cannot be used, see above")
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("\nstopped: finished slides are kept, and the same command continues with the others", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,601 @@
+"""
+The built-in world: procedural H&E slides whose truth is known, written as real pyramidal SVS files.
+
+A model that claims to read many magnifications needs a test that no single magnification can pass. In this world a tumour
+has two independent facts, and its diagnosis is their pair:
+
+    architecture   how the tissue is arranged      needs a wide field:  read at 5x and 10x, hardly at 20x and 40x
+    cytology       what one cell looks like        needs fine pixels:   read at 20x and 40x, hardly at 5x and 10x
+
+so a 5x patch alone knows the row of the table DIAGNOSES and a 40x patch alone knows the column. Two devices keep it so:
+
+1. Architecture is only how three layers are arranged: lumen, epithelium and stroma, all wavy, of uneven thickness and in
+   nearly the same amounts in every architecture. A 20x field of 64 px (128 level-0 px) sees one or two layers; a 10x field
+   (256 level-0 px) sees what they close around.
+2. Cells are hybrid images (Oliva, Torralba & Schyns 2006). Every cell type has the same low spatial frequencies; only what
+   lies above the resolution of 10x differs, and blending is linear, so that area averaging removes exactly that.
+
+dev/leaks.py measures both with a small supervised network. Everything else (stain, brightness, blur, size and spacing of
+nuclei, stroma, lymphocytes, fat) varies per slide, independently of the diagnosis. A slide depends on [seed, index] alone.
+
+    python synthetic.py data/slides --slides 40 --seed 0                make slides (resumes where it stopped)
+    python synthetic.py data/slides --slides 0 --show world.png         draw one region per pair of facts, and its cells
+
+Units: lengths are level-0 pixels of 0.25 um (40x) unless said otherwise; images are uint8 [H, W, 3].
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# facts: what is true of a slide
+
+ARCHITECTURES = ("glands", "nests", "trabeculae", "papillae", "sheets")
+CYTOLOGIES = ("small round", "vesicular", "spindle", "signet ring")
+TISSUES = ("tumour", "stroma", "fat", "glass")  # the classes of the tissue map; the number is the position
+STROMAS = ("fibrous", "myxoid")
+LYMPHOCYTES = ("few", "many")
+
+# DIAGNOSES[architecture][cytology]: real terms so that a real tokenizer meets real words, but the pairing is invented.
+# No term repeats a word of its facts, otherwise its name alone would give the row or the column away.
+DIAGNOSES = (
+    ("prostatic adenocarcinoma", "cholangiocarcinoma", "nephroblastoma", "Krukenberg tumour"),
+    ("carcinoid", "paraganglioma", "melanoma", "chordoma"),
+    ("insulinoma", "hepatocellular carcinoma", "schwannoma", "linitis plastica"),
+    ("ependymoma", "serous carcinoma", "mesothelioma", "pseudomyxoma peritonei"),
+    ("Ewing sarcoma", "seminoma", "leiomyosarcoma", "liposarcoma"),
+)
+
+MPP = 0.25  # microns per pixel of level 0: 40x
+CELL = 16  # level-0 pixels per cell of the tissue map
+TILE = 256  # side of a JPEG tile in the file
+GRAIN = 62  # side of the squares on which an architecture is planned
+WAVE = 9  # how far its edges wander
+
+
+def facts(seed, index):
+    """What is true of slide `index`: names of architecture, cytology and diagnosis, and of two facts independent of them.
+
+    Any 20 consecutive indices hold each diagnosis once, so every range of slides is balanced.
+    """
+    a, c = divmod(index % 20, 4)
+    rng = np.random.default_rng([seed, index, 0])
+    return {
+        "architecture": ARCHITECTURES[a],
+        "cytology": CYTOLOGIES[c],
+        "diagnosis": DIAGNOSES[a][c],
+        "stroma": STROMAS[rng.integers(2)],
+        "lymphocytes": LYMPHOCYTES[rng.integers(2)],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arrangement: where epithelium, lumen and stroma are
+
+
+def enlarge(field, n):
+    """A float field [h, w] resampled smoothly to [n, n]."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(field, np.float32)).resize((n, n), Image.BICUBIC))
+
+
+def noise(rng, n, waves):
+    """Smooth noise [n, n] of unit variance at its knots, about `waves` knots across."""
+    k = max(2, round(waves)) + 1
+    return enlarge(rng.standard_normal((k, k)), n)
+
+
+def lattice(rng, y, x, pitch, jitter=0.13):
+    """Distance of each point to the nearest centre of a jittered hexagonal lattice, and whether its column is odd.
+
+    y, x, pitch in one unit; y, x [n, n] -> distance float32 [n, n], odd bool [n, n].
+    """
+    top, left = np.floor(y.min() / pitch) - 2, np.floor(x.min() / pitch) - 2
+    rows, cols = int((y.max() / pitch - top) / 0.866) + 4, int(x.max() / pitch - left) + 4
+    cy, cx = np.mgrid[0:rows, 0:cols].astype(np.float32)
+    cy, cx = (cy * 0.866 + top) * pitch, (cx + 0.5 * (cy % 2) + left) * pitch
+    cy += rng.uniform(-jitter, jitter, cy.shape) * pitch
+    cx += rng.uniform(-jitter, jitter, cx.shape) * pitch
+    row = np.clip(np.rint((y / pitch - top) / 0.866).astype(np.int32), 1, rows - 2)
+    best, odd = np.full_like(y, np.inf), np.zeros(y.shape, bool)
+    for j in (-1, 0, 1):  # the nearest centre is among the 3 x 3 nearest sites
+        r = row + j
+        col = np.clip(np.rint(x / pitch - left - 0.5 * (r % 2)).astype(np.int32), 1, cols - 2)
+        for i in (-1, 0, 1):
+            d = (y - cy[r, col + i]) ** 2 + (x - cx[r, col + i]) ** 2
+            near = d < best
+            best, odd = np.where(near, d, best), np.where(near, (col + i) % 2 == 1, odd)
+    return np.sqrt(best), odd
+
+
+def arrange(rng, name, size, step=8):
+    """The layers of one architecture: two signed fields [size/step, size/step], in level-0 pixels.
+
+    epithelium where the first is positive; elsewhere lumen where the second is positive and stroma where it is not.
+    The plan is drawn on squares of GRAIN pixels and only then enlarged: a 20x field is two squares wide, too few to tell what
+    they belong to, a 5x field eight. The radii give every architecture about half epithelium, and lumen and stroma in equal
+    parts, so that no colour gives it away.
+    """
+    n = int(1.5 * size / GRAIN) + 4  # more than the slide needs: the plan is turned
+    y, x = np.mgrid[0:n, 0:n].astype(np.float32) + rng.uniform(-0.25, 0.25, (2, n, n)).astype(np.float32)
+    pitch = rng.uniform(3.5, 3.9)  # squares from one unit to the next
+    if name == "trabeculae":  # parallel bands: stroma, epithelium, lumen, epithelium, stroma ...
+        phase = np.abs(((x + 0.5 * noise(rng, n, n / 8)) / pitch + rng.uniform()) % 1 - 0.5)
+        epithelium, lumen = np.abs(phase - 0.25) < 0.1125, phase < 0.25
+    else:
+        d, coin = lattice(rng, y, x, pitch)
+        if name in ("glands", "papillae"):  # closed rings; what is inside makes the difference
+            epithelium, lumen = np.abs(d / pitch - 0.36) < 0.1, (d / pitch < 0.36) == (name == "glands")
+        elif name == "nests":  # solid islands
+            epithelium, lumen = d / pitch < 0.36, noise(rng, n, n / 4.2) > 0
+        else:  # sheets: epithelium everywhere, with gaps
+            epithelium, lumen = d / pitch > 0.385, coin
+    m, turn = size // step, rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[0:m, 0:m].astype(np.float32) * step - size / 2
+    y, x = y + WAVE * noise(rng, m, size / 50), x + WAVE * noise(rng, m, size / 50)  # no straight edges
+    u = (y * np.cos(turn) - x * np.sin(turn)) / GRAIN + n / 2
+    v = (y * np.sin(turn) + x * np.cos(turn)) / GRAIN + n / 2
+    i, j = u.astype(int).clip(0, n - 2), v.astype(int).clip(0, n - 2)
+    a, b = (t * t * (3 - 2 * t) for t in (u - i, v - j))  # smooth steps from square to square
+
+    def enlarged(plan):
+        f = plan.astype(np.float32)
+        f = (f[i, j] * (1 - a) + f[i + 1, j] * a) * (1 - b) + (f[i, j + 1] * (1 - a) + f[i + 1, j + 1] * a) * b
+        return (f - 0.5) * GRAIN
+
+    return enlarged(epithelium), enlarged(lumen)
+
+
+def regions(rng, size):
+    """The tissue map of a slide, uint8 [size/16, size/16] of positions in TISSUES: mostly tumour, some of all others."""
+    n = size // CELL
+    edge = np.minimum(np.arange(n), np.arange(n)[::-1]) * CELL
+    border = np.exp(-np.minimum.outer(edge, edge) / 60.0)  # sections end before the glass does
+    glass = noise(rng, n, size / 800) + 2.5 * border
+    other = noise(rng, n, size / 700)
+    tissue = np.zeros((n, n), np.uint8)
+    tissue[other > np.quantile(other, 0.90)] = TISSUES.index("fat")
+    tissue[other < np.quantile(other, 0.12)] = TISSUES.index("stroma")
+    tissue[glass > np.quantile(glass, 0.90)] = TISSUES.index("glass")
+    return tissue
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cells: one small picture per cell, drawn so that a low resolution cannot tell the types apart
+
+
+def hybrid(detail, common, cutoff=0.2, gain=1.8):
+    """The low frequencies of `common` under the amplified high frequencies of `detail`, both [n, n]; cutoff in cycles per pixel.
+
+    0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns, "Hybrid images", 2006).
+    """
+    f = np.fft.fftfreq(len(detail))
+    low = 1 / (1 + (np.hypot(f[:, None], f[None, :]) / cutoff) ** 16)
+    return gain * detail + np.real(np.fft.ifft2(np.fft.fft2(common - gain * detail) * low))
+
+
+def sprite(rng, kind, diameter, angle, blur):
+    """Coverage of one cell by nuclear colour, float32 [n, n]; negative where the cell is clearer than its surroundings."""
+    n = 2 * int(1.6 * diameter) + 1
+    y, x = np.mgrid[0:n, 0:n] - n // 2 + rng.uniform(-0.5, 0.5, (2, 1, 1))
+    p, q = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    d = diameter * rng.uniform(0.92, 1.08)
+
+    def ellipse(long, short, at=0.0):  # 1 inside, 0 outside, a one-pixel slope between
+        r = np.hypot((p - at) / long, q / short) * 2
+        return np.clip((1 - r) * short / 2 + 0.5, 0, 1)
+
+    if kind == "small round":
+        cover = 1.2 * ellipse(0.55 * d, 0.52 * d)
+    elif kind == "vesicular":
+        body = ellipse(1.15 * d, 1.08 * d)
+        rim = body - ellipse(1.15 * d - 4, 1.08 * d - 4)
+        cover = 0.8 * rim + 1.1 * ellipse(0.36 * d, 0.36 * d)
+    elif kind == "spindle":
+        cover = 1.2 * ellipse(1.9 * d, 0.32 * d)
+    elif kind == "signet ring":
+        vacuole = ellipse(0.62 * d, 0.62 * d, at=0.25 * d)
+        crescent = ellipse(1.1 * d, 1.1 * d) * (1 - ellipse(0.8 * d, 0.8 * d, at=0.25 * d)) * (p < 0.2 * d)
+        cover = 1.1 * crescent - 1.2 * vacuole
+    else:  # a fibroblast of the stroma
+        cover = 0.7 * ellipse(1.5 * d, 0.3 * d)
+    if kind in CYTOLOGIES:
+        common = np.exp(-(x * x + y * y) / (2 * (0.32 * diameter) ** 2))
+        cover = hybrid(cover, common * (0.42 * diameter**2 / common.sum()))
+    if blur:
+        f = np.fft.fftfreq(n)
+        mtf = np.exp(-2 * (np.pi * blur) ** 2 * (f[:, None] ** 2 + f[None, :] ** 2))
+        cover = np.real(np.fft.ifft2(np.fft.fft2(cover) * mtf))
+    return cover.astype(np.float32)
+
+
+def stamp(canvas, rng, kind, points, angles, diameter, blur):
+    """Add one cell of `kind` at each of points [N, 2] (y, x), turned by angles [N], to the coverage canvas [H, W]."""
+    turns, variants = 16, 4
+    bank = [[sprite(rng, kind, diameter, 2 * np.pi * i / turns, blur) for _ in range(variants)] for i in range(turns)]
+    n = bank[0][0].shape[0]
+    inside = ((points >= n) & (points < len(canvas) - n)).all(1)
+    points, angles = points[inside], angles[inside]
+    turn = np.rint(angles * turns / (2 * np.pi)).astype(int) % turns
+    strength = np.exp(rng.normal(0, 0.3, len(points))).astype(np.float32)  # no two nuclei take the stain alike
+    variant = rng.integers(0, variants, len(points))
+    corner = np.rint(points).astype(int) - n // 2
+    for (y, x), t, v, s in zip(corner.tolist(), turn.tolist(), variant.tolist(), strength.tolist()):
+        canvas[y : y + n, x : x + n] += s * bank[t][v]
+
+
+def scatter(rng, size, pitch, jitter=0.25):
+    """Points [N, 2] of a jittered hexagonal lattice over a square, in level-0 pixels."""
+    y, x = np.mgrid[0 : int(size / pitch / 0.866) + 1, 0 : int(size / pitch) + 1]
+    points = np.stack([0.866 * y.ravel(), (x + 0.5 * (y % 2)).ravel()], 1)
+    return (points + rng.uniform(-jitter, jitter, points.shape)) * pitch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# painting
+
+
+def paint(rng, truth, size, tissue=None):
+    """Paint one slide from its facts -> image uint8 [size, size, 3] and two maps [size/16, size/16].
+
+    The first map, uint8, is what is seen in each square of 16 x 16 pixels, as a position in TISSUES (lumen is glass); the
+    second, bool, is where the slide is tumour, its own stroma and lumens included. `tissue` overrides the regions.
+    """
+    step = 4  # colours vary slowly: they are mixed on a grid 4 times coarser and enlarged; only nuclei need every pixel
+    n = size // step
+    tissue = regions(rng, size) if tissue is None else tissue
+
+    # how this slide was cut, stained and scanned: independent of what it shows
+    haematoxylin = (np.array([0.65, 0.70, 0.29]) + rng.normal(0, 0.03, 3)) * rng.uniform(1.0, 1.4)
+    eosin = (np.array([0.10, 0.90, 0.20]) + rng.normal(0, 0.03, 3)).clip(0.02) * rng.uniform(0.7, 1.0)
+    white = 244 * rng.uniform(0.94, 1.0, 3)
+    diameter, pitch, blur = rng.uniform(8.8, 10.6), rng.uniform(11.5, 14.0), rng.uniform(0, 0.4)
+    basophilia, mottle = rng.uniform(0.3, 0.5), rng.uniform(0.15, 0.3)
+
+    # what lies where, as soft masks on the coarse grid
+    soft = lambda field, width: np.clip(enlarge(field, n) / width + 0.5, 0, 1)  # noqa: E731
+    is_a = lambda name: soft((tissue == TISSUES.index(name)) - 0.5, 0.3)  # noqa: E731
+    tumour, fat, glass = is_a("tumour"), is_a("fat"), is_a("glass")
+    epithelium, lumen = arrange(rng, truth["architecture"], size)
+    epithelium = soft(epithelium, 4.0) * tumour
+    lumen = soft(lumen, 1.5) * tumour * (1 - epithelium)
+    g = size // 8
+    y, x = np.mgrid[0:g, 0:g].astype(np.float32) * 8
+    wobble = 10 * noise(rng, g, size / 80)
+    vacuole = soft(33 - lattice(rng, y + wobble, x + wobble, 78.0)[0], 5.0) * fat  # fat cells: empty, thin-walled
+    empty = np.maximum(np.maximum(lumen, vacuole), glass)
+    stroma = np.clip(1 - epithelium - empty, 0, 1)
+
+    # stain taken up by each, and the uneven texture of each
+    fibres = noise(rng, n, size / 14) * 0.6 + noise(rng, n, size / 40)
+    grain = noise(rng, n, size / 8) + noise(rng, n, size / 16)
+    h = basophilia * epithelium * (1 + mottle * grain) + 0.07 * stroma
+    e = 0.45 * epithelium * (1 + mottle * grain)
+    if truth["stroma"] == "fibrous":
+        e = e + stroma * (0.80 + 0.14 * fibres)
+    else:
+        e = e + stroma * (0.36 + 0.10 * fibres)
+        h = h + 0.10 * stroma
+    light = 1 - rng.uniform(0, 0.08) * np.linspace(-1, 1, n)[:, None] * rng.choice([-1, 1])
+    ground = [white[c] * light * np.exp(-np.maximum(h, 0) * haematoxylin[c] - np.maximum(e, 0) * eosin[c]) for c in range(3)]
+    ground = np.stack(ground, -1).clip(0, 255).astype(np.uint8)
+    ground = np.asarray(Image.fromarray(ground).resize((size, size), Image.BILINEAR))
+
+    # cells
+    cover = np.zeros((size, size), np.float32)
+    at = lambda field, points: field[tuple((points.T / step).astype(int).clip(0, n - 1))]  # noqa: E731
+    swirl = noise(rng, n, size / 300) * 1.5 + rng.uniform(0, np.pi)  # neighbouring cells lie alike
+    points = scatter(rng, size, pitch)
+    points = points[at(epithelium, points) > 0.85]
+    angles = at(swirl, points) + rng.normal(0, 0.25, len(points))
+    if truth["cytology"] != "spindle":
+        angles = rng.uniform(0, 2 * np.pi, len(points))
+    stamp(cover, rng, truth["cytology"], points, angles, diameter, blur)
+    points = scatter(rng, size, 34.0)
+    points = points[(at(stroma, points) > 0.6) & (rng.random(len(points)) < 0.6)]
+    stamp(cover, rng, "fibroblast", points, at(swirl, points) + 0.5, diameter, blur)
+    points = scatter(rng, size, 15.0, 0.5)  # lymphocytes, in crowds
+    crowd = noise(rng, n, size / 120)
+    keep = rng.random(len(points)) < (0.03 if truth["lymphocytes"] == "few" else 0.25)
+    points = points[keep & (at(stroma, points) > 0.7) & (at(crowd, points) > 0)]
+    stamp(cover, rng, "small round", points, np.zeros(len(points)), 0.8 * diameter, blur)
+    np.clip(cover, -0.7, 1.0, out=cover)
+
+    # blend: linear in the coverage, so that the average of a blend is the blend of the average
+    nucleus = white * np.exp(-1.5 * haematoxylin - 0.25 * eosin)
+    image = np.empty((size, size, 3), np.uint8)
+    dust = rng.integers(-4, 5, (size, size), dtype=np.int8)
+    for c in range(3):
+        channel = ground[..., c].astype(np.float32)
+        channel += cover * (np.float32(nucleus[c]) - channel)
+        channel += dust
+        image[..., c] = np.clip(channel, 0, 255, out=channel)
+
+    k = CELL // step
+    seen = np.stack([epithelium, stroma * (1 - fat), fat * (1 - glass), empty * (1 - fat)])
+    seen = seen.reshape(4, n // k, k, n // k, k).mean((2, 4)).argmax(0).astype(np.uint8)
+    return image, seen, tissue == TISSUES.index("tumour")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slides: real files
+
+
+def write_slide(path, seed, index, size=2048):
+    """Paint slide `index` and write it as a pyramidal Aperio-style SVS, with `STEM.truth.npz` beside it.
+
+    size: side in level-0 pixels, a multiple of 256. Levels are reduced 1, 4 and 16 times by area averaging. The truth
+    holds `facts` (JSON) and the maps `tissue` and `tumour` of `paint`; it is in place before the slide is, so a slide that
+    exists is complete.
+    """
+    path = Path(path)
+    if size < 512 or size % TILE:
+        raise ValueError(f"slide size {size} is not a multiple of {TILE} of at least 512")
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed {seed} and index {index} must not be negative")
+    truth = facts(seed, index)
+    image, tissue, tumour = paint(np.random.default_rng([seed, index, 1]), truth, size)
+    made = {"seed": seed, "index": index, "size": size, **truth}
+    maps = {"tissue": tissue, "tumour": tumour}
+    atomically(path.with_suffix(".truth.npz"), lambda f: np.savez_compressed(f, facts=json.dumps(made), **maps))
+    atomically(path, lambda f: write_svs(f, image))
+
+
+def write_svs(file, image):
+    """Write image uint8 [H, W, 3] to an open file as Aperio does: baseline, stripped thumbnail, then the lower levels."""
+    height, width = image.shape[:2]
+    head = f"Aperio Image Library v12.0.0 \r\n{width}x{height} [0,0 {width}x{height}] (256x256)"
+    tail = "JPEG/RGB Q=85|AppMag = 40|MPP = 0.25"
+    jpeg = dict(photometric="rgb", compression="jpeg", compressionargs={"level": 85}, metadata=None, maxworkers=1)
+    tiles = dict(tile=(TILE, TILE), **jpeg)
+    levels = [image] + [np.asarray(Image.fromarray(image).reduce(k)) for k in (4, 16)]
+    with tifffile.TiffWriter(file) as tiff:
+        tiff.write(image, description=f"{head} {tail}", **tiles)
+        small = levels[2]
+        thumbnail = f"{head} -> {small.shape[1]}x{small.shape[0]} - |AppMag = 40|MPP = 0.25"
+        tiff.write(small, description=thumbnail, rowsperstrip=16, **jpeg)
+        for level in levels[1:]:
+            tiff.write(level, description=f"{head} -> {level.shape[1]}x{level.shape[0]} {tail}", **tiles)
+
+
+def atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, then rename it: the file appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_slides(out, count, seed, first=0, size=2048, workers=2):
+    """Write slides first .. first + count - 1 to out/slide-0000.svs ..., skipping finished ones -> list of their paths.
+
+    Different ranges give different slides: train on one range, test on another.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"slide-{i:04d}.svs" for i in range(first, first + count)]
+    jobs = []
+    for index, path in enumerate(paths, first):
+        if not path.exists():
+            jobs.append((path, seed, index, size))
+        elif (made := read_truth(path)[0]) and (made["seed"], made["index"], made["size"]) != (seed, index, size):
+            raise ValueError(f"{path} was made with seed {made['seed']} and size {made['size']}: choose another folder")
+    bar = tqdm(total=count, initial=count - len(jobs), desc="slides", unit="slide", disable=not jobs)
+    with bar:
+        if workers <= 1 or len(jobs) <= 1:
+            for job in jobs:
+                write_slide(*job)
+                bar.update()
+        else:
+            # spawn, not fork: the caller may already run torch threads
+            context = multiprocessing.get_context("spawn")
+            ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+            with context.Pool(min(workers, len(jobs)), signal.signal, ignore) as pool:  # leaving this block, by Ctrl-C too, ends the workers; what they had finished stays
+                for _ in pool.imap_unordered(_write_job, jobs):
+                    bar.update()
+    return paths
+
+
+def _write_job(job):
+    write_slide(*job)
+
+
+def read_truth(path):
+    """The facts (dict) of the slide at `path`, and its maps `tissue` uint8 [h, w] and `tumour` bool [h, w]."""
+    with np.load(Path(path).with_suffix(".truth.npz")) as file:
+        return json.loads(str(file["facts"])), file["tissue"], file["tumour"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words: what a captioner would say
+
+WORDS = {
+    "glands": ("well-formed glands", "crowded glands", "glands around open lumina"),
+    "nests": ("solid nests", "rounded nests", "nests of tumour cells"),
+    "trabeculae": ("parallel trabeculae", "branching trabeculae", "trabeculae and long cords"),
+    "papillae": ("papillary fronds", "slender papillary projections", "papillary structures with cores"),
+    "sheets": ("diffuse sheets", "solid sheets", "sheets without structure"),
+    "small round": ("small round dark nuclei", "small round blue cells", "uniform small round cells"),
+    "vesicular": ("large vesicular nuclei", "vesicular nuclei with prominent nucleoli", "pale vesicular chromatin"),
+    "spindle": ("spindle cells", "elongated spindle nuclei", "slender spindle cells"),
+    "signet ring": ("signet ring cells", "signet ring cells with mucin vacuoles", "vacuolated signet ring cells"),
+    "fibrous": ("dense fibrous stroma", "collagenous stroma", "pink fibrous tissue"),
+    "myxoid": ("loose myxoid stroma", "a pale myxoid background", "oedematous myxoid tissue"),
+    "few": ("few lymphocytes", "little inflammation", "sparse lymphocytes"),
+    "many": ("many lymphocytes", "a dense lymphocytic infiltrate", "marked chronic inflammation"),
+    "tumour": ("the edge of a tumour", "the border of a lesion", "the margin of a neoplasm"),
+    "stroma": ("stroma only", "connective tissue without tumour", "benign stroma with scattered fibroblasts"),
+    "fat": ("mature adipose tissue", "fat cells with clear vacuoles", "adipocytes with thin septa"),
+    "glass": ("blank background", "empty glass without tissue", "a white background"),
+    "surroundings": ("surrounding adipose tissue", "adjacent fat", "fat at the edge of the field"),
+}
+OPENERS = ("The image primarily showcases {}.", "This photomicrograph shows {}.", "The image shows {}.", "There is evidence of {}.",
+           "The histopathology image displays {}.", "The section reveals {}.", "In this field we see {}.", "The main feature is {}.")
+GUESSES = ("The findings are consistent with {}.", "The features suggest {}.", "This may represent {}.", "The appearance favours {}.",
+           "These findings point to {}.")
+ASIDES = ("A tissue fold is noted.", "The section is stained with hematoxylin and eosin.", "The focus is slightly uneven.",
+          "Clinical correlation is advised.", "A small vessel is seen.", "No necrosis is identified.")
+FAMILIES = {name: family for family in (ARCHITECTURES, CYTOLOGIES, STROMAS, LYMPHOCYTES) for name in family}
+ALL_DIAGNOSES = tuple(name for row in DIAGNOSES for name in row)
+
+
+def caption(rng, level, truth, miss=0.3, wrong=0.1):
+    """One noisy caption of a node, as an automatic captioner might write it: what is visible at that magnification.
+
+    level: 0..3 for 5x, 10x, 20x, 40x. truth: `tissue` (dominating class), `fat` (fraction), the facts of the slide, with
+    `architecture`, `cytology`, `diagnosis` None where tumour is not most of the node. Each fact is left out with
+    probability `miss` and, where told, another of its kind is told instead with probability `wrong`; with that
+    probability an irrelevant remark is added too. Never empty.
+    """
+    pick = lambda options: options[int(rng.random() * len(options))]  # noqa: E731  (ten times faster than rng.choice)
+
+    def told(name, family):
+        return pick([other for other in family if other != name]) if rng.random() < wrong else name
+
+    seen, guess = [], None
+    if truth["diagnosis"] is None:
+        seen.append(pick(WORDS[truth["tissue"]]))  # the one thing there is to say is always said
+        visible = {"stroma": ("stroma", "lymphocytes")}.get(truth["tissue"], ())
+    else:
+        visible = ("architecture", "stroma") if level < 2 else ("cytology", "lymphocytes")
+        if rng.random() >= miss:
+            guess = told(truth["diagnosis"], ALL_DIAGNOSES)
+        if level < 2 and truth["fat"] > 0.1 and rng.random() >= miss:
+            seen.append(pick(WORDS["surroundings"]))
+    for fact in visible:
+        if rng.random() >= miss:
+            seen.insert(0, pick(WORDS[told(truth[fact], FAMILIES[truth[fact]])]))
+    sentences = []
+    if seen:
+        first = ", ".join(seen[:-1]) + " and " + seen[-1] if len(seen) > 1 else seen[0]
+        sentences.append(pick(OPENERS).format(first))
+    if guess:
+        sentences.append(pick(GUESSES).format(guess))
+    if not sentences or rng.random() < wrong:
+        sentences.append(pick(ASIDES))
+    return " ".join(sentences)
+
+
+# rows and columns of the 85 nodes within their level; the children of node n are 4n+1 .. 4n+4, row by row
+ROW, COL = np.zeros(85, int), np.zeros(85, int)
+for _n in range(1, 85):
+    ROW[_n], COL[_n] = 2 * ROW[(_n - 1) // 4] + (_n - 1) % 4 // 2, 2 * COL[(_n - 1) // 4] + (_n - 1) % 2
+LEVEL = np.repeat([0, 1, 2, 3], [1, 4, 16, 64])
+
+
+def node_tissues(tissue, tumour, x, y, side):
+    """Truth of the 85 nodes of the bag at (x, y), in level-0 pixels -> tissue seen, float [85, 4], and tumour, float [85].
+
+    Tumour is the fraction of the node that lies in the tumour, and none where hardly any tumour cell is in sight: in the
+    middle of a large lumen nobody can tell.
+    """
+    at = (np.arange(64) + 0.5) * side / 64  # 64 x 64 samples of the maps: 8 x 8 in the smallest node
+    rows, cols = ((y + at) // CELL).astype(int), ((x + at) // CELL).astype(int)
+    inside = ((rows >= 0) & (rows < tissue.shape[0]))[:, None] & ((cols >= 0) & (cols < tissue.shape[1]))
+    window = np.ix_(rows.clip(0, tissue.shape[0] - 1), cols.clip(0, tissue.shape[1] - 1))
+    seen = np.where(inside, tissue[window], TISSUES.index("glass"))
+    maps = np.dstack([seen[..., None] == np.arange(len(TISSUES)), inside & tumour[window]]).astype(float)
+    nodes = []
+    for level in range(4):
+        k = 2**level
+        means = maps.reshape(k, 64 // k, k, 64 // k, -1).mean((1, 3))
+        nodes.append(means[ROW[LEVEL == level], COL[LEVEL == level]])
+    nodes = np.concatenate(nodes)
+    return nodes[:, :4], np.where(nodes[:, 0] >= 0.15, nodes[:, 4], 0.0)
+
+
+def describe(shards_dir, slides_dir, seed, miss=0.3, wrong=0.1):
+    """Write captions and truth for every node of every bag beside each shard `bags-*.tar`.
+
+    `bags-000000.captions.jsonl` has one line {"key", "node", "caption"} per node, `bags-000000.truth.jsonl` one line
+    {"key", "node", "slide", "tissue", "tumour", "architecture", "cytology", "diagnosis"}, the last three null where
+    tumour covers less than half of the node. Shards that have both are skipped. Captions depend on [seed, key] alone.
+    """
+    shards = sorted(Path(shards_dir).glob("bags-*.tar"))
+    if not shards:
+        raise ValueError(f"no bags-*.tar in {shards_dir}: cut slides into bags first")
+    truths = {}
+    for shard in tqdm(shards, desc="captions", unit="shard"):
+        captions_path, truth_path = shard.with_suffix(".captions.jsonl"), shard.with_suffix(".truth.jsonl")
+        if captions_path.exists() and truth_path.exists():
+            continue
+        captions, truth_lines = [], []
+        with tarfile.open(shard) as tar:
+            bags = [(m.name[:-5], json.load(tar.extractfile(m))) for m in tar if m.name.endswith(".json")]
+        for key, bag in bags:
+            slide = Path(bag["slide"]).stem
+            if slide not in truths:
+                truths[slide] = read_truth(Path(slides_dir) / f"{slide}.svs")
+            known, tissue, tumour = truths[slide]
+            seen, inside = node_tissues(tissue, tumour, bag["x"], bag["y"], bag["side"])
+            rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+            for node, (parts, share) in enumerate(zip(seen.tolist(), inside.tolist())):
+                node_truth = {**known, "tissue": "tumour", "fat": parts[2]}
+                if share < 0.5:
+                    node_truth.update(architecture=None, cytology=None, diagnosis=None, tissue=TISSUES[parts.index(max(parts))])
+                text = caption(rng, int(LEVEL[node]), node_truth, miss, wrong)
+                captions.append(json.dumps({"key": key, "node": node, "caption": text}))
+                line = {"key": key, "node": node, "slide": bag["slide"], "tissue": node_truth["tissue"], "tumour": round(share, 4)}
+                line.update((name, node_truth[name]) for name in ("architecture", "cytology", "diagnosis"))
+                truth_lines.append(json.dumps(line))
+        atomically(truth_path, lambda f: f.write(("\n".join(truth_lines) + "\n").encode()))
+        atomically(captions_path, lambda f: f.write(("\n".join(captions) + "\n").encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def show(path, seed):
+    """Draw one 512-px region per architecture (row) and cytology (column), and one 40x patch of each on the right."""
+    rows = []
+    for a, architecture in enumerate(ARCHITECTURES):
+        wide, close = [], []
+        for c in range(4):
+            index = 4 * a + c
+            rng = np.random.default_rng([seed, index, 2])
+            image, _, _ = paint(rng, facts(seed, index), 1024, np.zeros((64, 64), np.uint8))
+            region = Image.fromarray(image[256:768, 256:768])
+            wide.append(np.asarray(region.resize((256, 256), Image.BOX)))
+            close.append(np.asarray(region.crop((192, 192, 320, 320)).resize((256, 256), Image.BICUBIC)))
+        rows.append(np.concatenate(wide + close, 1))
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make synthetic H&E slides (SVS) whose truth is known.")
+    parser.add_argument("out", help="folder for the slides")
+    parser.add_argument("--slides", type=int, default=8, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same slides")
+    parser.add_argument("--first", type=int, default=0, help="index of the first slide")
+    parser.add_argument("--size", type=int, default=2048, help="side in level-0 pixels")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--show", metavar="PNG", help="draw every pair of facts")
+    args = parser.parse_args()
+    if args.show:
+        show(args.show, args.seed)
+    make_slides(args.out, args.slides, args.seed, args.first, args.size, args.workers)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: run the same command to go on")
