@@ -1,0 +1,135 @@
+"""pytest tests/test_train.py — settings, schedule, and the real script on a tiny built-in world: resumed equals uninterrupted,
+two processes run, a kill loses nothing, mistakes get one sentence."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import losses
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--bags", "4", "--log_every", "1", "--warmup", "2", "--workers", "0", "--evaluate", "false", "--device", "cpu"]
+
+
+def run(*argv, nproc=0, check=True):
+    """train.py in a process of its own, from the repository's root."""
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if nproc else [sys.executable]
+    done = subprocess.run([*start, "train.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Six training and two test slides through the real path."""
+    folder = tmp_path_factory.mktemp("world")
+    train.make_world(folder, train=6, test=2)
+    return folder
+
+
+def test_flags_parse_by_type_and_mistakes_are_named():
+    cfg = train.parse(["--lr", "1", "--compile", "false", "--steps=7", "--out", "a=b"])
+    assert (cfg.lr, cfg.compile, cfg.steps, cfg.out) == (1.0, False, 7, "a=b")
+    assert train.parse(["--preset", "paper", "--k_o", "3"]).k_o == 3 and train.parse(["--preset", "paper"]).size == "paper"
+    for argv, message in ((["--stesp", "3"], "did you mean --steps"), (["--preset", "x"], "unknown preset"), (["--children", "3"], "1, 2 or 4"),
+                          (["--clip_weights", "x"], "needs --tokenizer"), (["--bags", "0"], "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            train.parse(argv)
+
+
+def test_schedule_by_hand():
+    cfg = train.Config(lr=1.0, warmup=10, steps=110)
+    rates = [train.learning_rate(s, cfg) for s in range(111)]
+    assert rates[0] == 0.1 and rates[10] == 1.0 and rates[60] == pytest.approx(0.505) and rates[110] == pytest.approx(0.01)
+    assert all(isinstance(r, float) and not hasattr(r, "dtype") for r in rates)  # a NumPy scalar would not load with weights_only
+
+
+def test_batches_depend_on_the_step_alone_and_cover_an_epoch(world):
+    cfg = train.parse(["--bags", "4"])
+    bags = train.data.BagDataset(world / "train")
+    tokenizer = train.text.Tokenizer.train([c for cs in bags.captions for c in cs if c], 600)
+    one, again = train.Batches(bags, tokenizer, cfg, 64)[3], train.Batches(bags, tokenizer, cfg, 64)[3]
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    halves = [train.Batches(bags, tokenizer, cfg, 64, rank, 2) for rank in (0, 1)]
+    order = [h._at((i * 2 + r) * 2 + j) for i in range(len(bags) // 4) for r, h in enumerate(halves) for j in range(2)]
+    assert len(set(order)) == len(order) and len(order) > len(bags) - 4  # both ranks together: no bag twice in an epoch
+    own = one["own"]  # a keyword owned by a node stands in its caption
+    words = [tokenizer.decode(k.tolist()) for k in one["keywords"]]
+    b, n, k = own.nonzero()[0].tolist()
+    assert words[one["bag_of"][b, k]].split()[0][:4] in tokenizer.decode(one["ids"][b, n].tolist())
+
+
+def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
+    cfg = train.parse(["--bags", "4", "--cvta", "0"])
+    bags = train.data.BagDataset(world / "train")
+    tokenizer = train.text.Tokenizer.train([c for cs in bags.captions for c in cs if c], 600)
+    batch = train.Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)[0]
+    patches = train.data.pyramid(batch["images"], nodes=batch["nodes"])
+    parts, _ = train.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch, True)
+    assert set(parts) == {"itc", "itm", "mlm", "plm", "mrtva"}
+    cfg = train.parse(["--bags", "4"])
+    model = train.build_model(cfg, tokenizer)
+    parts, monitors = train.Objective(model, cfg)(patches, batch, True)
+    sum(parts.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    # an untrained model stands at chance: ln M, ln 2 (near), ln V, ln V
+    rows = int(batch["valid"].sum())
+    assert parts["itc"].item() == pytest.approx(torch.tensor(rows).log().item(), abs=0.6)
+    assert parts["plm"].item() == pytest.approx(torch.tensor(float(tokenizer.size)).log().item(), abs=0.5)
+
+
+def test_resumed_equals_uninterrupted_bitwise(world, tmp_path):
+    run("--data", world, "--out", tmp_path / "whole", "--steps", 6, *SMALL)
+    first = subprocess.Popen([sys.executable, "train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "6", *SMALL, "--save_every", "1"],
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "parts" / "log.jsonl"
+    while first.poll() is None and not (log.exists() and '"step": 2' in log.read_text()):
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 0
+    step = torch.load(tmp_path / "parts" / "ckpt.pt", weights_only=True)["step"]
+    assert 2 <= step <= 6
+    again = run("--data", world, "--out", tmp_path / "parts", "--steps", 6, *SMALL)
+    assert f"at step {step} of 6" in again.stdout + again.stderr
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "parts"))
+    assert a["step"] == b["step"] == 6 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_checkpoint_of_other_settings_is_refused_and_a_broken_one_falls_back(world, tmp_path):
+    run("--data", world, "--out", tmp_path / "r", "--steps", 2, "--save_every", 1, *SMALL)
+    done = run("--data", world, "--out", tmp_path / "r", "--steps", 2, "--lr", "0.5", *SMALL, check=False)
+    assert done.returncode == 1 and "lr 0.002 -> 0.5" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "r" / "ckpt.pt").write_bytes(b"cut off")
+    cfg = train.parse(["--out", str(tmp_path / "r"), "--steps", "2", *SMALL])
+    assert train.load_checkpoint(tmp_path / "r", cfg, "cpu")["step"] == 1
+
+
+def test_two_processes_train(world, tmp_path):
+    run("--data", world, "--out", tmp_path / "two", "--steps", 3, *SMALL, nproc=2)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["world"] == 2 and [r["step"] for r in rows[1:]] == [1, 2, 3]
+
+
+def test_mistakes_get_one_sentence(world, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    path = sorted((broken / "train").glob("*.captions.jsonl"))[0]
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"node": 3,' not in line) + "\n")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for argv, message in ((["--stesp", "3"], "did you mean --steps"), (["--data", broken], r"has no caption for node 3 of bag"),
+                          (["--data", tmp_path / "empty"], "holds no bags"), (["--data", world, "--bags", 5, "--accumulate", 2], "cannot be split")):
+        done = run(*argv, "--out", tmp_path / "x", check=False)
+        assert done.returncode == 1 and re.search(message, done.stderr) and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+
+
+def test_global_batch_of_level_sizes():
+    assert losses.level_sizes(85, 4) == [1, 4, 16, 64] and losses.level_sizes(4, 1) == [1, 1, 1, 1]
