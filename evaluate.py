@@ -106,9 +106,8 @@ def labels_of(bags, indices, fact):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Zero-shot. Merging the four magnifications of a bag: a level whose captions never name a fact still prefers some class,
-# always the same one, so plain averaging lets it vote (dev/LOG.md). Therefore each level's scores are standardised on
-# *training* bags, without labels: minus the class's mean there, divided by the level's spread, weighted by how much
-# the spread exceeds ... (see merge_weights).
+# always the same one, and plain averaging lets it vote. So each level's scores are centred on *training* bags (no labels
+# needed) and then added; a level that cannot see the fact varies little, so it needs no weight. Chosen once, for all facts.
 
 def level_scores(feats, W):
     """Class scores of each magnification of each bag: mean cosine over its valid nodes -> [G, 4, C], NaN where there are none."""
@@ -419,6 +418,12 @@ def report(run, test, train, device="cpu", only=None, most=300):
         results["slide_retrieval"] = slide_retrieval(bags, feats, train_bags, embed(model, train_bags, list(range(len(train_bags))), device))
         print("\nwhich slide does a held-out parent come from: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in results["slide_retrieval"].items()))
     if only is None:
+        slide = Path(test).parent / "slides" / Path(test).name / bags.meta[feats["index"][0]]["slide"]  # the built-in world keeps its slides there
+        if labelled and slide.exists():
+            truth = {fact: next((r[fact] for r in bags.truth(feats["index"][0]) if r[fact]), None) for fact in FACTS}
+            asked = [(text.PROMPTS[fact][name][0], lev) for fact, lev in (("architecture", 0), ("cytology", 2)) if (name := truth[fact])]
+            heatmap(model, tokenizer, slide, asked + [("stroma only", 2)], Path(run) / "heatmap.png", patch=bags.S)
+            print(f"wrote {run}/heatmap.png")
         queries = [names[0] for fact in ("architecture", "cytology") for names in text.PROMPTS[fact].values()] if labelled else \
             sorted({c for captions in bags.captions for c in captions if c})[:9]
         retrieval_sheet(model, tokenizer, bags, feats, queries, Path(run) / "retrieval.png")

@@ -39,8 +39,8 @@ CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.2
 SIZES = {
     "synthetic": dict(
         vision=dict(size=64, patch=16, width=128, depth=2, heads=4, stem="conv"),
-        text=dict(context=64, width=128, depth=2, heads=4),
-        fusion=dict(width=128, depth=2, heads=4, pool=2),
+        text=dict(context=64, width=128, depth=1, heads=4),
+        fusion=dict(width=128, depth=1, heads=4, pool=2),
         embed=128, simsiam=(256, 64)),
     "paper": dict(
         vision=dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=True, **IMAGENET),

@@ -268,23 +268,23 @@ def trim(ids, end, multiple=8):
 # ----------------------------------------------------------------------------------------------------------------------
 # Class prompts [4]: several names x several templates, embedded each, averaged and normalised again (evaluate.py).
 
-TEMPLATES = ("{}.", "The image shows {}.", "This photomicrograph shows {}.", "A histopathology image of {}.",
+TEMPLATES = ("{}", "The image shows {}.", "This photomicrograph shows {}.", "A histopathology image of {}.",
              "Microscopy reveals {}.", "The field displays {}.", "{} is seen.")
 
-# The built-in world's facts. First name = the one used without an ensemble. A test reads them against synthetic.py.
+# The built-in world's facts; the first names in the form of a keyword, as CVTA saw them. Without an ensemble the first alone is used.
 PROMPTS = {
     "architecture": {
-        "glands": ("well-formed glands", "crowded glands", "glands with open lumina"),
-        "nests": ("solid nests", "rounded nests", "nests of cells"),
-        "trabeculae": ("parallel trabeculae", "branching trabeculae", "trabeculae and cords"),
-        "papillae": ("papillary fronds", "papillary projections", "papillary structures"),
-        "sheets": ("diffuse sheets", "solid sheets", "sheets of cells without structure"),
+        "glands": ("well-formed gland", "crowded gland", "glands around open lumina"),
+        "nests": ("solid nest", "rounded nest", "nests of cells"),
+        "trabeculae": ("parallel trabecula", "branching trabecula", "trabeculae and cords"),
+        "papillae": ("papillary frond", "slender papillary projection", "papillary structures"),
+        "sheets": ("diffuse sheet", "solid sheet", "sheets without structure"),
     },
     "cytology": {
-        "small round": ("small round dark nuclei", "small round blue cells", "uniform small round cells"),
-        "vesicular": ("large vesicular nuclei", "vesicular nuclei with prominent nucleoli", "vesicular chromatin"),
-        "spindle": ("spindle cells", "elongated spindle nuclei", "slender spindle cells"),
-        "signet ring": ("signet ring cells", "signet ring cells with vacuoles", "vacuolated signet ring cells"),
+        "small round": ("small round dark nucleus", "small round blue cell", "uniform small round cells"),
+        "vesicular": ("large vesicular nucleus", "vesicular nucleus", "vesicular chromatin"),
+        "spindle": ("spindle cell", "elongated spindle nucleus", "slender spindle cells"),
+        "signet ring": ("signet ring cell", "vacuolated signet ring cell", "signet ring cells with vacuoles"),
     },
     "diagnosis": {name: (name,) for name in (
         "prostatic adenocarcinoma", "cholangiocarcinoma", "nephroblastoma", "Krukenberg tumour", "carcinoid", "paraganglioma",

@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+from slide import resize
 
 SCRIPT = str(Path(data.__file__).resolve())
 
@@ -114,11 +115,11 @@ def test_a_level_is_not_a_magnification(tmp_path):
 
 def test_resize():
     a = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    assert (data.resize(a, 2)[0, 0] == [8, 9, 10]).all()  # mean of 0, 3, 12, 15 is 7.5, rounded up; then 8.5 and 9.5
-    assert (data.resize(data.resize(a, 12), 4) == a).all()
-    flat = data.resize(np.full((50, 50, 3), 77, np.uint8), 21)
+    assert (resize(a, 2)[0, 0] == [8, 9, 10]).all()  # mean of 0, 3, 12, 15 is 7.5, rounded up; then 8.5 and 9.5
+    assert (resize(resize(a, 12), 4) == a).all()
+    flat = resize(np.full((50, 50, 3), 77, np.uint8), 21)
     assert flat.shape == (21, 21, 3) and (flat == 77).all()
-    assert (data.resize(np.full((40, 40, 3), 255, np.uint8), 2) == 255).all()            # 400 * 255 needs more than 16 bits
+    assert (resize(np.full((40, 40, 3), 255, np.uint8), 2) == 255).all()            # 400 * 255 needs more than 16 bits
 
 
 def test_where_mpp_comes_from(tmp_path):
@@ -368,19 +369,20 @@ def test_sampled_nodes(b, N):
     assert torch.equal(first[:, 1:1 + b], every[:, 1:1 + b]) and first.shape[1] == N
 
 
-def test_a_turned_bag_is_the_bag_with_nodes_renamed():
+def test_turning_patches_is_turning_the_bag():
+    """Turn 1 mirrors left-right, 2 up-down, 4 transposes: the patch of the turned bag is the turned patch of the node whose
+    place it takes, so kinship and captions stay with the patches."""
     images, turns = random_bags(8), torch.arange(8)
-    after = data.pyramid(data.turn(images, turns))
-    nodes = data.turned(torch.arange(85), turns)          # [8, 85]
-    before = data.pyramid(images)[torch.arange(8)[:, None], nodes]
+    whole, each = data.pyramid(data.turn(images, turns)), data.turn(data.pyramid(images), turns)
     for t in range(8):
-        assert torch.allclose(after[t], data.turn(before[t], turns[t].expand(85)), atol=1e-6)
-        assert sorted(nodes[t].tolist()) == list(range(85))
-    assert nodes[1, 1:5].tolist() == [2, 1, 4, 3] and nodes[2, 1:5].tolist() == [3, 4, 1, 2] and nodes[4, 1:5].tolist() == [1, 3, 2, 4]
-    assert (data.parent(nodes[:, 1:]) == nodes[:, data.parent(torch.arange(1, 85))]).all()
-    g = torch.Generator().manual_seed(0)
-    many, drawn = data.augment(random_bags(200, 1), g)
-    assert many.dtype == torch.uint8 and set(drawn.tolist()) == set(range(8))
+        for n in range(85):
+            lev, row, col = data.place(n)
+            last = 2 ** lev - 1
+            row, col = (col, row) if t & 4 else (row, col)
+            row, col = last - row if t & 2 else row, last - col if t & 1 else col
+            moved = next(m for m in range(85) if data.place(m) == (lev, row, col))
+            assert torch.allclose(whole[t, moved], each[t, n], atol=1e-6)
+    assert len({bytes(x.numpy()) for x in data.turn(images[:1].expand(8, -1, -1, -1), turns)}) == 8
 
 
 def test_stain_jitter():

@@ -40,7 +40,7 @@ def test_prompts_cover_the_built_in_world():
     assert tuple(text.PROMPTS["architecture"]) == synthetic.ARCHITECTURES
     assert tuple(text.PROMPTS["cytology"]) == synthetic.CYTOLOGIES
     assert tuple(text.PROMPTS["diagnosis"]) == synthetic.ALL_DIAGNOSES
-    assert len(text.class_prompts(("a", "b"))) == 2 * len(text.TEMPLATES) and text.class_prompts(("a", "b"), False) == ["a."]
+    assert len(text.class_prompts(("a", "b"))) == 2 * len(text.TEMPLATES) and text.class_prompts(("a", "b"), False) == ["a"]
 
 
 def test_bpe_learns_the_most_frequent_pairs():
