@@ -125,7 +125,9 @@ def merged_scores(test, train):
     """Level scores [G, 4, C] of test and training bags -> merged [G, C]: the sum over levels of centred scores. Centring on
     the training bags removes a level's constant preference; its spread is left as it is, since a level that cannot
     see the fact varies little."""
-    return np.nansum(test - np.nanmean(train, axis=0, keepdims=True), axis=1)
+    there = ~np.isnan(train)
+    centre = np.where(there, train, 0).sum(0) / np.maximum(there.sum(0), 1)                              # [4, C]
+    return np.nansum(test - centre, axis=1)
 
 
 def zeroshot(model, tokenizer, bags, feats, train):

@@ -426,7 +426,7 @@ def read_truth(path):
 
 WORDS = {
     "glands": ("well-formed glands", "crowded glands", "glands around open lumina"),
-    "nests": ("solid nests", "rounded nests", "nests of tumour cells"),
+    "nests": ("solid nests", "rounded nests", "nests of cells"),
     "trabeculae": ("parallel trabeculae", "branching trabeculae", "trabeculae and long cords"),
     "papillae": ("papillary fronds", "slender papillary projections", "papillary structures with cores"),
     "sheets": ("diffuse sheets", "solid sheets", "sheets without structure"),
