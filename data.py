@@ -230,7 +230,7 @@ class BagDataset(torch.utils.data.Dataset):
             raise ValueError(f"{folder} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {folder}`")
 
     def _captions(self, shard, first):
-        path, fix = shard.with_suffix(".captions.jsonl"), f"caption it with `python text.py caption {self.folder}`"
+        path, fix = shard.with_suffix(".captions.jsonl"), f"give each node one (`python text.py import CAPTIONS --shards {self.folder}`)"
         rows = {k: [None] * NODES for k in self.keys[first:]}
         for i, r in read_jsonl(path) if path.exists() else ():
             try:

@@ -297,8 +297,8 @@ def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, patch=64, widt
         parents = data.choose_parents(slide, patch=patch, parents=10 ** 9, min_tissue=0.1)
         if not parents:
             raise ValueError(f"{slide_path} has no 5x parent with tissue: look at it with `python data.py preview`")
-        scale = max(1, max(slide.size) / width)
-        thumb = Image.fromarray(data.thumbnail(slide, round(scale)))
+        scale = max(1, round(max(slide.size) / width))
+        thumb = Image.fromarray(data.thumbnail(slide, scale))
         maps = [np.full((thumb.height, thumb.width), np.nan) for _ in queries]
         S = model.vision.size
         for x, y, side, tissue in tqdm(parents, desc="heatmap", unit="bag", leave=False):

@@ -98,6 +98,8 @@ class Config:
     evaluate: bool = True          # measure on data/test when training ends
 
 
+LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
+
 PRESETS = {
     "synthetic": {},
     "paper": dict(out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0,
@@ -420,7 +422,8 @@ def main(argv):
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     forward = torch.compile(objective, dynamic=False) if cfg.compile else objective
     if world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, find_unused_parameters=True)
+        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, 
+                                          find_unused_parameters=not all(getattr(cfg, k) for k in LOSSES))
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
     parts = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{len(bags)} bags x 85 patches of {bags.S} px; {parts / 1e6:.1f}M trainable parameters; {world} x {device}; "
