@@ -338,7 +338,7 @@ def retrieval_sheet(model, tokenizer, bags, feats, queries, out, best=5, px=72):
     draw = ImageDraw.Draw(page)
     for q, query in enumerate(queries):
         x0, y0 = q % columns * block_w, q // columns * block_h
-        draw.text((x0 + 4, y0 + 4), query, "black", font_size=14)
+        draw.text((x0 + 4, y0 + 4), query if len(query) < 56 else query[:53] + "...", "black", font_size=14)
         cos = (feats["v"] @ t[q]).numpy()                                                                # [G, N]
         for lev, mag in enumerate(MAG_NAMES):
             draw.text((x0 + 6, y0 + 24 + lev * (px + 3) + px // 2 - 8), mag, "black", font_size=13)
