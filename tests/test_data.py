@@ -301,7 +301,7 @@ def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
 # ---------------------------------------------------------------- captions
 
 def test_captions_are_checked(tmp_path):
-    out, fix = tmp_path / "out", "python text.py caption"
+    out, fix = tmp_path / "out", "python text.py import"
     data.tile(slides_in(tmp_path / "in", 1), out, S=8, patch=32, parents=2)
     with pytest.raises(ValueError, match=f"does not exist.*170 missing in all.*{fix}"):
         data.BagDataset(out)
