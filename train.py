@@ -72,7 +72,7 @@ class Config:
     cvta: float = 1.0              # ... cross-resolution visual-textual alignment
     mrtva: float = 1.0             # ... text-guided alignment of parents and children
     k_o: int = 4                   # keywords selected per patch (the paper's figure shows 8, of longer captions)
-    negatives: str = "batch"       # of CVTA: "bag" as in the paper, or all keywords of the batch; towers from scratch need the latter
+    negatives: str = "batch"       # of CVTA: "bag" as in the paper, or all keywords of the batch (unproven: dev/LOG.md)
     warm: float = 0.85             # share of the steps in which CVTA takes a node's own caption's keywords; then cosine
     kin: float = 0.1               # ITC target mass on patches of the same bag
     # optimiser
@@ -152,7 +152,7 @@ def check(cfg):
 def make_world(folder, train=160, test=40, size=1536):
     """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
     is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared.
-    Many small slides, because a stain is unique to its slide: with 80 slides a model learns those by heart (dev/LOG.md)."""
+    Many small slides, because a stain is unique to its slide and a model may learn few of them by heart (dev/LOG.md)."""
     for split, first, count in (("train", 0, train), ("test", train, test)):
         slides, shards = Path(folder) / "slides" / split, Path(folder) / split
         paths = synthetic.make_slides(slides, count, seed=0, first=first, size=size)
