@@ -11,7 +11,7 @@ takes 20 such parents from each of 20,000 slides: 34 million patches of 512 x 51
 3. Magnification means microns per pixel, mpp = 10 / magnification; never the index of a pyramid level, which stands for
    something else in every file (40x, 10x, 2.5x from one scanner; 20x, 10x, 5x from another).
 
-Outline: the tree | Slide | tissue and parents | tiling into tar shards | BagDataset | pyramid and augmentation | pictures and
+Slides themselves are read by slide.py. Outline: the tree | parents | tiling into tar shards | BagDataset | pyramid and augmentation | pictures and
 the command line. Shape letters: B bags, N nodes, S pixels per patch side. x, y, side are level-0 pixels of the slide.
 """
 import argparse, difflib, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, zlib

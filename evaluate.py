@@ -83,14 +83,19 @@ def embed(model, bags, indices, device="cpu", at_once=8):
 
 
 @torch.no_grad()
+def embed_texts(model, tokenizer, texts, at_once=256):
+    """list of R texts -> unit vectors [R, d] on the CPU."""
+    device, context, rows = next(model.parameters()).device, len(model.text.pos), []
+    for i in range(0, len(texts), at_once):
+        ids = text.trim(tokenizer.batch(texts[i : i + at_once], context), tokenizer.end)
+        rows.append(model.encode_text(ids.to(device)).cpu())
+    return torch.cat(rows)
+
+
 def class_weights(model, tokenizer, names, ensemble=True):
     """One unit vector per class [C, d]: the mean of its prompts' embeddings, normalised again [3]. names: per class a tuple."""
-    device, context = next(model.parameters()).device, len(model.text.pos)
-    rows = []
-    for alternatives in names:
-        t = model.encode_text(text.trim(tokenizer.batch(text.class_prompts(alternatives, ensemble), context), tokenizer.end).to(device))
-        rows.append(F.normalize(t.mean(0), dim=-1))
-    return torch.stack(rows).cpu()
+    means = [embed_texts(model, tokenizer, text.class_prompts(alternatives, ensemble)).mean(0) for alternatives in names]
+    return F.normalize(torch.stack(means), dim=-1)
 
 
 def labels_of(bags, indices, fact):
@@ -199,7 +204,6 @@ def retrieval(model, tokenizer, bags, feats, most=300, seed=0):
     """Image -> caption and caption -> image among at most `most` patches of one magnification, recall at 1, 5, 10 in each
     direction and their mean. A caption that several patches share is a hit for each of them. Chance is K / candidates."""
     rng, out = np.random.default_rng(seed), {}
-    device, context = next(model.parameters()).device, len(model.text.pos)
     for lev, mag in enumerate(MAG_NAMES):
         spots = [(g, n) for g, n in np.argwhere(feats["valid"].numpy() & (LEVEL == lev)) if bags.captions[feats["index"][g]][n]]
         if len(spots) < 2:
@@ -207,8 +211,7 @@ def retrieval(model, tokenizer, bags, feats, most=300, seed=0):
         spots = [spots[k] for k in rng.permutation(len(spots))[:most]]
         captions = [bags.captions[feats["index"][g]][n] for g, n in spots]
         v = torch.stack([feats["v"][g, n] for g, n in spots])                                            # [R, d]
-        t = torch.cat([model.encode_text(text.trim(tokenizer.batch(captions[i : i + 256], context), tokenizer.end).to(device)).cpu()
-                       for i in range(0, len(captions), 256)])
+        t = embed_texts(model, tokenizer, captions)                                                      # [R, d]
         same = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
         hit = same[:, None] == same[None, :]                                                             # [R, R]
         row = {"n": len(spots)}
@@ -291,8 +294,8 @@ def save_png(image, path):
 def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, patch=64, width=460):
     """Where on a slide is the text? The thumbnail and, beside it, one map per (query, level 0..3): cosine of every patch of
     every 5x parent with tissue, from the lowest (dark) to the highest (yellow) of the slide."""
-    device, context = next(model.parameters()).device, len(model.text.pos)
-    t = model.encode_text(text.trim(tokenizer.batch([q for q, _ in queries], context), tokenizer.end).to(device))
+    device = next(model.parameters()).device
+    t = embed_texts(model, tokenizer, [q for q, _ in queries])
     with data.Slide(slide_path, mpp) as slide:
         parents = data.choose_parents(slide, patch=patch, parents=10 ** 9, min_tissue=0.1)
         if not parents:
@@ -304,7 +307,7 @@ def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, patch=64, widt
         for x, y, side, tissue in tqdm(parents, desc="heatmap", unit="bag", leave=False):
             image = torch.from_numpy(slide.read(x, y, side, 8 * S)).permute(2, 0, 1)[None].to(device)
             v = model.encode_image(data.pyramid(image)[0])                                               # [N, d]
-            cos = (v @ t.T).cpu().numpy()                                                                # [N, queries]
+            cos = (v.cpu() @ t.T).numpy()                                                                # [N, queries]
             for q, (_, lev) in enumerate(queries):
                 for n in range(data.NODES)[data.LEVELS[lev]]:
                     if tissue[n] >= 0.1:
@@ -329,8 +332,7 @@ def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, patch=64, widt
 @torch.no_grad()
 def retrieval_sheet(model, tokenizer, bags, feats, queries, out, best=5, px=72):
     """For each query text (a block) the `best` patches of each magnification (a row), each from another slide if possible."""
-    device, context = next(model.parameters()).device, len(model.text.pos)
-    t = model.encode_text(text.trim(tokenizer.batch(list(queries), context), tokenizer.end).to(device)).cpu()
+    t = embed_texts(model, tokenizer, queries)
     valid, left = feats["valid"].numpy(), 40
     block_w, block_h = left + best * (px + 3) + 14, 4 * (px + 3) + 26
     columns = 3

@@ -105,9 +105,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer [2]: images [N, 3, S, S] in [0, 1] -> tokens [N, 1 + P, D], class token first, after the final norm.
 
-    stem "patch": one strided convolution, as timm, UNI and CLIP have it; "conv": four stride-2 convolutions [6], which
-    learn from scratch within minutes. Batch norm there matters: group norm divides each image by its own contrast, which is
-    perhaps what tells textures apart; it stayed at chance in the same time (dev/LOG.md). `pre_norm`, no patch bias and `eps` are CLIP's dialect.
+    stem "patch": one strided convolution, as timm, UNI and CLIP have it; "conv": four stride-2 convolutions [6], for training
+    from scratch, with batch norm: group norm stayed at chance in the same time (dev/LOG.md). `pre_norm`, no patch bias and
+    `eps` are CLIP's dialect.
     The pixel statistics are buffers: they belong to the weights, not to the data."""
 
     def __init__(self, size=224, patch=16, width=768, depth=12, heads=12, stem="patch", layer_scale=False, pre_norm=False,

@@ -9,13 +9,12 @@ has two independent facts, and its diagnosis is their pair:
 
 so a 5x patch alone knows the row of the table DIAGNOSES and a 40x patch alone knows the column. Two devices keep it so:
 
-1. Architecture is only how three layers are arranged: lumen, epithelium and stroma, all wavy, of uneven thickness and in
-   nearly the same amounts in every architecture. A 20x field of 64 px (128 level-0 px) sees one or two layers; a 10x field
-   (256 level-0 px) sees what they close around.
+1. Architecture is only how three tissues (lumen, epithelium, stroma) are arranged, in about the same amounts everywhere. It is
+   planned on squares of 62 px: a 20x field (128 level-0 px) sees two of them, a 5x field eight.
 2. Cells are hybrid images (Oliva, Torralba & Schyns 2006). Every cell type has the same low spatial frequencies; only what
    lies above the resolution of 10x differs, and blending is linear, so that area averaging removes exactly that.
 
-dev/leaks.py measures both with a small supervised network. Everything else (stain, brightness, blur, size and spacing of
+dev/leaks.py measures both with a small supervised network; cytology still leaks somewhat to 5x and 10x (dev/LOG.md). Everything else (stain, brightness, blur, size and spacing of
 nuclei, stroma, lymphocytes, fat) varies per slide, independently of the diagnosis. A slide depends on [seed, index] alone.
 
     python synthetic.py data/slides --slides 40 --seed 0                make slides (resumes where it stopped)

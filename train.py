@@ -422,12 +422,12 @@ def main(argv):
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     forward = torch.compile(objective, dynamic=False) if cfg.compile else objective
     if world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, 
+        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None,
                                           find_unused_parameters=not all(getattr(cfg, k) for k in LOSSES))
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
-    parts = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{len(bags)} bags x 85 patches of {bags.S} px; {parts / 1e6:.1f}M trainable parameters; {world} x {device}; "
-        f"{cfg.bags} bags a step = {cfg.bags * len(losses.level_sizes(1, 1)) and cfg.bags * data.sample_nodes(1, cfg.children).shape[1]} patches")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{len(bags)} bags x 85 patches of {bags.S} px; {trainable / 1e6:.1f}M trainable parameters; {world} x {device}; "
+        f"{cfg.bags} bags a step = {cfg.bags * sum(cfg.children ** k for k in range(4))} patches")
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     batches = Batches(bags, tokenizer, cfg, context, rank, world)
