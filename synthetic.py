@@ -60,8 +60,19 @@ DIAGNOSES = (
 MPP = 0.25  # microns per pixel of level 0: 40x
 CELL = 16  # level-0 pixels per cell of the tissue map
 TILE = 256  # side of a JPEG tile in the file
-GRAIN = 62  # side of the squares on which an architecture is planned
+GRAIN = 66  # side of the squares on which an architecture is planned
 WAVE = 9  # how far its edges wander
+PITCH = 3.7  # squares from one unit to the next
+
+# What lies around the centre of a unit, from the inside out: tissue of the core in even and in odd units, its share of the
+# area, the share of the epithelium around it, and the tissue that fills the rest.
+ARRANGEMENTS = {
+    "glands": (("lumen", "lumen"), 0.34, 0.46, "stroma"),
+    "nests": (("epithelium", "lumen"), 0.34, 0.30, "stroma"),
+    "trabeculae": (("lumen", "stroma"), 0.50, 0.50, "epithelium"),
+    "papillae": (("stroma", "stroma"), 0.26, 0.40, "lumen"),
+    "sheets": (("lumen", "stroma"), 0.42, 0.58, "epithelium"),
+}
 
 
 def facts(seed, index):
@@ -123,23 +134,23 @@ def arrange(rng, name, size, step=8):
 
     epithelium where the first is positive; elsewhere lumen where the second is positive and stroma where it is not.
     The plan is drawn on squares of GRAIN pixels and only then enlarged: a 20x field is two squares wide, too few to tell what
-    they belong to, a 5x field eight. The radii give every architecture about half epithelium, and lumen and stroma in equal
-    parts, so that no colour gives it away.
+    they belong to, a 5x field eight.
     """
+    cores, core, wall, outside = ARRANGEMENTS[name]
     n = int(1.5 * size / GRAIN) + 4  # more than the slide needs: the plan is turned
     y, x = np.mgrid[0:n, 0:n].astype(np.float32) + rng.uniform(-0.25, 0.25, (2, n, n)).astype(np.float32)
-    pitch = rng.uniform(3.5, 3.9)  # squares from one unit to the next
-    if name == "trabeculae":  # parallel bands: stroma, epithelium, lumen, epithelium, stroma ...
-        phase = np.abs(((x + 0.5 * noise(rng, n, n / 8)) / pitch + rng.uniform()) % 1 - 0.5)
-        epithelium, lumen = np.abs(phase - 0.25) < 0.1125, phase < 0.25
+    pitch = PITCH * rng.uniform(0.95, 1.05)  # squares from one unit to the next
+    if name == "trabeculae":
+        line = (x + 0.5 * noise(rng, n, n / 8)) / (0.75 * pitch) + rng.uniform()
+        d, odd = np.abs(line - np.rint(line)), np.rint(line).astype(int) % 2 == 1
     else:
-        d, coin = lattice(rng, y, x, pitch)
-        if name in ("glands", "papillae"):  # closed rings; what is inside makes the difference
-            epithelium, lumen = np.abs(d / pitch - 0.36) < 0.1, (d / pitch < 0.36) == (name == "glands")
-        elif name == "nests":  # solid islands
-            epithelium, lumen = d / pitch < 0.36, noise(rng, n, n / 4.2) > 0
-        else:  # sheets: epithelium everywhere, with gaps
-            epithelium, lumen = d / pitch > 0.385, coin
+        d, odd = lattice(rng, y, x, pitch)
+    # shares of the area become radii: whatever the shape, the amounts of the three tissues are those of the table
+    inner, outer = np.quantile(d, [core, core + wall])
+    of_core = np.where(odd, cores[1] == "lumen", cores[0] == "lumen")
+    is_core = (d < inner) & np.where(odd, cores[1] != "epithelium", cores[0] != "epithelium")
+    epithelium = (d < outer) & ~is_core if outside != "epithelium" else ~is_core
+    lumen = np.where(is_core, of_core, outside == "lumen")
     m, turn = size // step, rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:m, 0:m].astype(np.float32) * step - size / 2
     y, x = y + WAVE * noise(rng, m, size / 50), x + WAVE * noise(rng, m, size / 50)  # no straight edges
@@ -174,14 +185,15 @@ def regions(rng, size):
 # cells: one small picture per cell, drawn so that a low resolution cannot tell the types apart
 
 
-def hybrid(detail, common, cutoff=0.2, gain=1.8):
-    """The low frequencies of `common` under the amplified high frequencies of `detail`, both [n, n]; cutoff in cycles per pixel.
+def hybrid(detail, common, cutoff=0.2, contrast=0.8):
+    """The low frequencies of `common` with the high frequencies of `detail`, scaled to the height `contrast`; both [n, n].
 
-    0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns, "Hybrid images", 2006).
-    """
+    cutoff in cycles per pixel: 0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns,
+    "Hybrid images", 2006)."""
     f = np.fft.fftfreq(len(detail))
     low = 1 / (1 + (np.hypot(f[:, None], f[None, :]) / cutoff) ** 16)
-    return gain * detail + np.real(np.fft.ifft2(np.fft.fft2(common - gain * detail) * low))
+    high = np.real(np.fft.ifft2(np.fft.fft2(detail) * (1 - low)))
+    return np.real(np.fft.ifft2(np.fft.fft2(common) * low)) + contrast * high / np.abs(high).max()
 
 
 def sprite(rng, kind, diameter, angle, blur):
@@ -200,18 +212,20 @@ def sprite(rng, kind, diameter, angle, blur):
     elif kind == "vesicular":
         body = ellipse(1.15 * d, 1.08 * d)
         rim = body - ellipse(1.15 * d - 4, 1.08 * d - 4)
-        cover = 0.8 * rim + 1.1 * ellipse(0.36 * d, 0.36 * d)
+        cover = 1.0 * rim - 1.0 * ellipse(0.40 * d, 0.40 * d)
     elif kind == "spindle":
         cover = 1.2 * ellipse(1.9 * d, 0.32 * d)
     elif kind == "signet ring":
         vacuole = ellipse(0.62 * d, 0.62 * d, at=0.25 * d)
         crescent = ellipse(1.1 * d, 1.1 * d) * (1 - ellipse(0.8 * d, 0.8 * d, at=0.25 * d)) * (p < 0.2 * d)
         cover = 1.1 * crescent - 1.2 * vacuole
+    elif kind == "lymphocyte":
+        cover = 1.1 * ellipse(0.6 * d, 0.6 * d)
     else:  # a fibroblast of the stroma
         cover = 0.7 * ellipse(1.5 * d, 0.3 * d)
     if kind in CYTOLOGIES:
         common = np.exp(-(x * x + y * y) / (2 * (0.32 * diameter) ** 2))
-        cover = hybrid(cover, common * (0.42 * diameter**2 / common.sum()))
+        cover = hybrid(cover, 0.55 * common)
     if blur:
         f = np.fft.fftfreq(n)
         mtf = np.exp(-2 * (np.pi * blur) ** 2 * (f[:, None] ** 2 + f[None, :] ** 2))
@@ -227,7 +241,7 @@ def stamp(canvas, rng, kind, points, angles, diameter, blur):
     inside = ((points >= n) & (points < len(canvas) - n)).all(1)
     points, angles = points[inside], angles[inside]
     turn = np.rint(angles * turns / (2 * np.pi)).astype(int) % turns
-    strength = np.exp(rng.normal(0, 0.3, len(points))).astype(np.float32)  # no two nuclei take the stain alike
+    strength = rng.uniform(0.7, 1.3, len(points)).astype(np.float32)  # no two nuclei take the stain alike
     variant = rng.integers(0, variants, len(points))
     corner = np.rint(points).astype(int) - n // 2
     for (y, x), t, v, s in zip(corner.tolist(), turn.tolist(), variant.tolist(), strength.tolist()):
@@ -308,8 +322,8 @@ def paint(rng, truth, size, tissue=None):
     crowd = noise(rng, n, size / 120)
     keep = rng.random(len(points)) < (0.03 if truth["lymphocytes"] == "few" else 0.25)
     points = points[keep & (at(stroma, points) > 0.7) & (at(crowd, points) > 0)]
-    stamp(cover, rng, "small round", points, np.zeros(len(points)), 0.8 * diameter, blur)
-    np.clip(cover, -0.7, 1.0, out=cover)
+    stamp(cover, rng, "lymphocyte", points, np.zeros(len(points)), diameter, blur)
+    np.clip(cover, -1.2, 1.8, out=cover)  # reached by hardly any pixel: clipping would be a shift that 5x can see
 
     # blend: linear in the coverage, so that the average of a blend is the blend of the average
     nucleus = white * np.exp(-1.5 * haematoxylin - 0.25 * eosin)
@@ -515,7 +529,7 @@ def node_tissues(tissue, tumour, x, y, side):
         means = maps.reshape(k, 64 // k, k, 64 // k, -1).mean((1, 3))
         nodes.append(means[ROW[LEVEL == level], COL[LEVEL == level]])
     nodes = np.concatenate(nodes)
-    return nodes[:, :4], np.where(nodes[:, 0] >= 0.15, nodes[:, 4], 0.0)
+    return nodes[:, :4], np.where(nodes[:, 0] >= 0.25, nodes[:, 4], 0.0)
 
 
 def describe(shards_dir, slides_dir, seed, miss=0.3, wrong=0.1):

@@ -76,7 +76,7 @@ class Config:
     warm: float = 0.85             # share of the steps in which CVTA takes a node's own caption's keywords; then cosine
     kin: float = 0.1               # ITC target mass on patches of the same bag
     # optimiser
-    steps: int = 560               # optimiser steps
+    steps: int = 1000               # optimiser steps
     lr: float = 2e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
     lr_text: float = 1.0           # factor on it for the text tower
@@ -149,7 +149,7 @@ def check(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the built-in world, then batches as a function of the step number
 
-def make_world(folder, train=160, test=40, size=1536):
+def make_world(folder, train=300, test=60, size=1024):
     """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
     is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared.
     Many small slides, because a stain is unique to its slide and a model may learn few of them by heart (dev/LOG.md)."""
@@ -192,7 +192,11 @@ class Batches(Dataset):
         real = torch.arange(len(unique) + -len(unique) % 64) < len(unique)             # [U]
         unique += [""] * (len(real) - len(unique))                                     # few distinct shapes for the compiler
         encode = lambda texts: text.trim(self.tokenizer.batch(texts, self.context), self.tokenizer.end)
-        return {"images": torch.stack([item["image"] for item in items]), "turns": turns, "nodes": nodes, "valid": valid,
+        if cfg.device == "cuda":  # bytes travel, the GPU cuts
+            pixels = torch.stack([item["image"] for item in items])                    # [B, 3, 8S, 8S]
+        else:                     # on a CPU each image is cut while it is still in the cache
+            pixels = torch.cat([data.pyramid(item["image"][None], nodes=n[None]) for item, n in zip(items, nodes)])      # [B, N, 3, S, S]
+        return {"pixels": pixels, "turns": turns, "nodes": nodes, "valid": valid,
                 "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
                 "keywords": encode(unique), "real": real, "bag_of": bag_of, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g)}
 
@@ -369,7 +373,9 @@ def main(argv):
     # Processes: torchrun sets RANK; without it this is the only one and the same code runs.
     distributed = "RANK" in os.environ
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = cfg.device
     if device == "cuda":
         torch.cuda.set_device(local)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -453,7 +459,9 @@ def main(argv):
             waited += time.time() - wait
             batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
             torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)  # masks, negatives, stains: a function of the step
-            patches = data.turn(data.pyramid(batch["images"], nodes=batch["nodes"]), batch["turns"])     # [B, N, 3, S, S]
+            pixels = batch["pixels"]
+            patches = pixels if pixels.dim() == 5 else data.pyramid(pixels, nodes=batch["nodes"])       # [B, N, 3, S, S]
+            patches = data.turn(patches, batch["turns"])
             if cfg.jitter:
                 patches = data.stain_jitter(patches, cfg.jitter)
             last = micro == cfg.accumulate - 1

@@ -75,15 +75,16 @@ def test_truth_maps_agree_with_pixels(slides):
         assert not ((tissue == 2) & tumour).mean() > 0.02
 
 
-def test_same_tissues_in_every_architecture():
-    shares = []
-    for name in synthetic.ARCHITECTURES:
-        amounts = []
+def test_amounts_of_tissue_are_those_of_the_table():
+    for name, (cores, core, wall, outside) in synthetic.ARRANGEMENTS.items():
+        want = {"epithelium": wall, "lumen": 0.0, "stroma": 0.0}
+        for tissue, share in ((cores[0], core / 2), (cores[1], core / 2), (outside, 1 - core - wall)):
+            want[tissue] += share
+        got = []
         for i in range(6):
             epithelium, lumen = synthetic.arrange(np.random.default_rng(i), name, 2048)
-            amounts.append(((epithelium > 0).mean(), ((epithelium <= 0) & (lumen > 0)).mean()))
-        shares.append(np.mean(amounts, 0))
-    assert np.ptp(np.array(shares), axis=0).max() < 0.12, shares
+            got.append(((epithelium > 0).mean(), ((epithelium <= 0) & (lumen > 0)).mean()))
+        assert np.abs(np.mean(got, 0) - (want["epithelium"], want["lumen"])).max() < 0.05, (name, got, want)
 
 
 def test_cells_are_alike_at_10x_and_differ_at_20x():
