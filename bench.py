@@ -107,15 +107,15 @@ def bench_step(folder, device):
     cfg = train.Config()
     batches = train.Batches(bags, tokenizer, cfg, networks.SIZES["synthetic"]["text"]["context"])
     batch = {k: v.to(device) for k, v in batches[0].items()}
-    cut = lambda: data.stain_jitter(data.turn(data.pyramid(batch["images"], nodes=batch["nodes"]), batch["turns"]))
-    patches, model = cut(), train.build_model(cfg, tokenizer).to(device)
+    augment = lambda: data.stain_jitter(data.turn(batch["pixels"], batch["turns"]))
+    patches, model = augment(), train.build_model(cfg, tokenizer).to(device)
 
     def step(**off):
         objective = train.Objective(model, dataclasses.replace(cfg, **off))
         return lambda: sum(objective(patches, batch, True)[0].values()).backward()
     names = ("itm", "mlm", "plm", "cvta", "mrtva")
     cases = {"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in names}, "itc alone": step(**dict.fromkeys(names, 0.0)),
-             "batch on the CPU (decode, tokens)": lambda: batches[1], "pyramid, turns, stain": cut}
+             "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": augment}
     report(f"a step of {cfg.bags} bags x 4 patches, forward + backward", interleaved(cases), "all six losses")
 
 

@@ -9,13 +9,15 @@ has two independent facts, and its diagnosis is their pair:
 
 so a 5x patch alone knows the row of the table DIAGNOSES and a 40x patch alone knows the column. Two devices keep it so:
 
-1. Architecture is only how three tissues (lumen, epithelium, stroma) are arranged, in about the same amounts everywhere. It is
-   planned on squares of 62 px: a 20x field (128 level-0 px) sees two of them, a 5x field eight.
+1. Architecture is how three tissues (lumen, epithelium, stroma) are arranged around the centres of a lattice (ARRANGEMENTS). It
+   is planned on squares of 66 px: a 20x field (128 level-0 px) sees two of them, a 5x field eight. The amounts differ a little
+   too: a lattice averages them out over one 10x field, while a 20x field sees now one tissue, now another.
 2. Cells are hybrid images (Oliva, Torralba & Schyns 2006). Every cell type has the same low spatial frequencies; only what
-   lies above the resolution of 10x differs, and blending is linear, so that area averaging removes exactly that.
+   lies above the resolution of 10x differs, and blending is linear and does not clip, so that averaging removes just that.
 
-dev/leaks.py measures both with a small supervised network; cytology still leaks somewhat to 5x and 10x (dev/LOG.md). Everything else (stain, brightness, blur, size and spacing of
-nuclei, stroma, lymphocytes, fat) varies per slide, independently of the diagnosis. A slide depends on [seed, index] alone.
+dev/leaks.py measures both with a small supervised network (dev/LOG.md). Everything else (stain, brightness, blur, size and
+spacing of nuclei, stroma, lymphocytes, fat) varies per slide, independently of the diagnosis. A slide depends on [seed, index]
+alone.
 
     python synthetic.py data/slides --slides 40 --seed 0                make slides (resumes where it stopped)
     python synthetic.py data/slides --slides 0 --show world.png         draw one region per pair of facts, and its cells
@@ -147,10 +149,9 @@ def arrange(rng, name, size, step=8):
         d, odd = lattice(rng, y, x, pitch)
     # shares of the area become radii: whatever the shape, the amounts of the three tissues are those of the table
     inner, outer = np.quantile(d, [core, core + wall])
-    of_core = np.where(odd, cores[1] == "lumen", cores[0] == "lumen")
-    is_core = (d < inner) & np.where(odd, cores[1] != "epithelium", cores[0] != "epithelium")
-    epithelium = (d < outer) & ~is_core if outside != "epithelium" else ~is_core
-    lumen = np.where(is_core, of_core, outside == "lumen")
+    heart = np.where(odd, cores[1], cores[0])
+    epithelium = np.where(d < inner, heart, np.where(d < outer, "epithelium", outside)) == "epithelium"
+    lumen = np.where(d < inner, heart, outside) == "lumen"  # under the epithelium too: no seam of stroma between the two
     m, turn = size // step, rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:m, 0:m].astype(np.float32) * step - size / 2
     y, x = y + WAVE * noise(rng, m, size / 50), x + WAVE * noise(rng, m, size / 50)  # no straight edges

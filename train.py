@@ -76,7 +76,7 @@ class Config:
     warm: float = 0.85             # share of the steps in which CVTA takes a node's own caption's keywords; then cosine
     kin: float = 0.1               # ITC target mass on patches of the same bag
     # optimiser
-    steps: int = 1000               # optimiser steps
+    steps: int = 1000              # optimiser steps
     lr: float = 2e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
     lr_text: float = 1.0           # factor on it for the text tower
@@ -152,7 +152,7 @@ def check(cfg):
 def make_world(folder, train=300, test=60, size=1024):
     """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
     is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared.
-    Many small slides, because a stain is unique to its slide and a model may learn few of them by heart (dev/LOG.md)."""
+    Many small slides rather than few large ones: all patches of a slide share one stain and repeat one label."""
     for split, first, count in (("train", 0, train), ("test", train, test)):
         slides, shards = Path(folder) / "slides" / split, Path(folder) / split
         paths = synthetic.make_slides(slides, count, seed=0, first=first, size=size)
