@@ -507,8 +507,9 @@ def main(argv):
             say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")
             break
     bar.close()
-    del loader
+    del loader, forward  # DDP holds on to the process group
     if distributed:
+        dist.barrier()  # a process that leaves while another still tidies up can hang the other for good
         dist.destroy_process_group()
     if rank == 0 and step == cfg.steps and cfg.evaluate:
         import evaluate  # here, because the loop does not need it
