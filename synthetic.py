@@ -9,11 +9,12 @@ has two independent facts, and its diagnosis is their pair:
 
 so a 5x patch alone knows the row of the table DIAGNOSES and a 40x patch alone knows the column. Two devices keep it so:
 
-1. Architecture is how three tissues (lumen, epithelium, stroma) are arranged around the centres of a lattice (ARRANGEMENTS). It
-   is planned on squares of 66 px: a 20x field (128 level-0 px) sees two of them, a 5x field eight. The amounts differ a little
-   too: a lattice averages them out over one 10x field, while a 20x field sees now one tissue, now another.
+1. Architecture is how three tissues (lumen, epithelium, stroma) lie around the centres of a lattice (ARRANGEMENTS), planned on
+   squares of 56 px. The amounts of the tissues are all but constant over one 10x field (256 level-0 px) and differ a little from
+   architecture to architecture; a 20x field (128 px) sees a part of one unit, now mostly this tissue, now mostly that.
 2. Cells are hybrid images (Oliva, Torralba & Schyns 2006). Every cell type has the same low spatial frequencies; only what
-   lies above the resolution of 10x differs, and blending is linear and does not clip, so that averaging removes just that.
+   lies above the resolution of 10x differs, in shape and in colour. Blending is linear and hardly ever clips, so that averaging
+   removes just that, and what is left of it at 10x drowns in an uneven stain of about that scale.
 
 dev/leaks.py measures both with a small supervised network (dev/LOG.md). Everything else (stain, brightness, blur, size and
 spacing of nuclei, stroma, lymphocytes, fat) varies per slide, independently of the diagnosis. A slide depends on [seed, index]
@@ -37,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
@@ -62,18 +64,29 @@ DIAGNOSES = (
 MPP = 0.25  # microns per pixel of level 0: 40x
 CELL = 16  # level-0 pixels per cell of the tissue map
 TILE = 256  # side of a JPEG tile in the file
-GRAIN = 66  # side of the squares on which an architecture is planned
+GRAIN = 56  # side of the squares on which an architecture is planned
+FIELD = 5  # squares over which the amounts of the tissues are kept constant: about a 10x field
+PITCH = 4.5  # squares from one unit to the next
 WAVE = 9  # how far its edges wander
-PITCH = 3.7  # squares from one unit to the next
 
-# What lies around the centre of a unit, from the inside out: tissue of the core in even and in odd units, its share of the
-# area, the share of the epithelium around it, and the tissue that fills the rest.
+# Around the centre of a unit (a point, or the line along a trabecula), from the inside out: a tissue and its share of the area,
+# the share of the epithelium around it, and the tissue that fills the rest. Epithelium always lies between lumen and stroma: a
+# boundary alone, which a 20x field shows, tells nothing.
 ARRANGEMENTS = {
-    "glands": (("lumen", "lumen"), 0.34, 0.46, "stroma"),
-    "nests": (("epithelium", "lumen"), 0.34, 0.30, "stroma"),
-    "trabeculae": (("lumen", "stroma"), 0.50, 0.50, "epithelium"),
-    "papillae": (("stroma", "stroma"), 0.26, 0.40, "lumen"),
-    "sheets": (("lumen", "stroma"), 0.42, 0.58, "epithelium"),
+    "glands": ("lumen", 0.29, 0.47, "stroma"),
+    "nests": ("lumen", 0.18, 0.49, "stroma"),
+    "trabeculae": ("stroma", 0.25, 0.50, "lumen"),
+    "papillae": ("stroma", 0.27, 0.45, "lumen"),
+    "sheets": ("lumen", 0.21, 0.55, "stroma"),
+}
+
+# A cell's detail: its rms contrast in grey levels, and its colour, as (haematoxylin, eosin) taken up where it is positive and where
+# it is negative. Colours and contrasts are as different as they can be; at 10x all of it is averaged away.
+DETAIL = {
+    "small round": (15, (1.5, 0.2), (0.3, 0.2)),  # dark nuclei
+    "vesicular": (18, (0.2, 1.6), (1.3, 0.0)),  # a pink nucleolus in a blue nucleus
+    "spindle": (18, (0.5, 1.9), (0.5, 0.0)),  # pink fibrils
+    "signet ring": (26, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
 }
 
 
@@ -108,11 +121,8 @@ def noise(rng, n, waves):
     return enlarge(rng.standard_normal((k, k)), n)
 
 
-def lattice(rng, y, x, pitch, jitter=0.13):
-    """Distance of each point to the nearest centre of a jittered hexagonal lattice, and whether its column is odd.
-
-    y, x, pitch in one unit; y, x [n, n] -> distance float32 [n, n], odd bool [n, n].
-    """
+def lattice(rng, y, x, pitch, jitter=0.1):
+    """Distance of each point to the nearest centre of a jittered hexagonal lattice; y, x, pitch in one unit: [n, n] -> [n, n]."""
     top, left = np.floor(y.min() / pitch) - 2, np.floor(x.min() / pitch) - 2
     rows, cols = int((y.max() / pitch - top) / 0.866) + 4, int(x.max() / pitch - left) + 4
     cy, cx = np.mgrid[0:rows, 0:cols].astype(np.float32)
@@ -120,38 +130,34 @@ def lattice(rng, y, x, pitch, jitter=0.13):
     cy += rng.uniform(-jitter, jitter, cy.shape) * pitch
     cx += rng.uniform(-jitter, jitter, cx.shape) * pitch
     row = np.clip(np.rint((y / pitch - top) / 0.866).astype(np.int32), 1, rows - 2)
-    best, odd = np.full_like(y, np.inf), np.zeros(y.shape, bool)
-    for j in (-1, 0, 1):  # the nearest centre is among the 3 x 3 nearest sites
-        r = row + j
+    best = np.full_like(y, np.inf)
+    for r in (row - 1, row, row + 1):  # the nearest centre is among the 3 x 3 nearest sites
         col = np.clip(np.rint(x / pitch - left - 0.5 * (r % 2)).astype(np.int32), 1, cols - 2)
-        for i in (-1, 0, 1):
-            d = (y - cy[r, col + i]) ** 2 + (x - cx[r, col + i]) ** 2
-            near = d < best
-            best, odd = np.where(near, d, best), np.where(near, (col + i) % 2 == 1, odd)
-    return np.sqrt(best), odd
+        for c in (col - 1, col, col + 1):
+            best = np.minimum(best, (y - cy[r, c]) ** 2 + (x - cx[r, c]) ** 2)
+    return np.sqrt(best)
 
 
 def arrange(rng, name, size, step=8):
     """The layers of one architecture: two signed fields [size/step, size/step], in level-0 pixels.
 
     epithelium where the first is positive; elsewhere lumen where the second is positive and stroma where it is not.
-    The plan is drawn on squares of GRAIN pixels and only then enlarged: a 20x field is two squares wide, too few to tell what
-    they belong to, a 5x field eight.
+    The plan is drawn on squares of GRAIN pixels and only then enlarged: a 20x field is little more than two squares wide, too few
+    to tell what they belong to, a 5x field nine.
     """
-    cores, core, wall, outside = ARRANGEMENTS[name]
+    inside, core, wall, outside = ARRANGEMENTS[name]
     n = int(1.5 * size / GRAIN) + 4  # more than the slide needs: the plan is turned
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) + rng.uniform(-0.25, 0.25, (2, n, n)).astype(np.float32)
-    pitch = PITCH * rng.uniform(0.95, 1.05)  # squares from one unit to the next
+    y, x = np.mgrid[0:n, 0:n].astype(np.float32) + rng.uniform(-0.12, 0.12, (2, n, n)).astype(np.float32)
+    pitch = PITCH * rng.uniform(0.97, 1.03)
     if name == "trabeculae":
-        line = (x + 0.5 * noise(rng, n, n / 8)) / (0.75 * pitch) + rng.uniform()
-        d, odd = np.abs(line - np.rint(line)), np.rint(line).astype(int) % 2 == 1
+        line = (x + 0.5 * noise(rng, n, n / 8)) / pitch + rng.uniform()
+        distance = np.abs(line - np.rint(line))
     else:
-        d, odd = lattice(rng, y, x, pitch)
-    # shares of the area become radii: whatever the shape, the amounts of the three tissues are those of the table
-    inner, outer = np.quantile(d, [core, core + wall])
-    heart = np.where(odd, cores[1], cores[0])
-    epithelium = np.where(d < inner, heart, np.where(d < outer, "epithelium", outside)) == "epithelium"
-    lumen = np.where(d < inner, heart, outside) == "lumen"  # under the epithelium too: no seam of stroma between the two
+        distance = lattice(rng, y, x, pitch)
+    # A distance becomes its rank among those of the field around it. So the amounts are those of the table in every field.
+    around = sliding_window_view(np.pad(distance, FIELD // 2, mode="reflect"), (FIELD, FIELD))
+    rank = (around < distance[..., None, None]).mean((2, 3)) + 0.5 / FIELD**2
+    plan = np.where(rank < core, inside, np.where(rank < core + wall, "epithelium", outside))
     m, turn = size // step, rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:m, 0:m].astype(np.float32) * step - size / 2
     y, x = y + WAVE * noise(rng, m, size / 50), x + WAVE * noise(rng, m, size / 50)  # no straight edges
@@ -165,20 +171,20 @@ def arrange(rng, name, size, step=8):
         f = (f[i, j] * (1 - a) + f[i + 1, j] * a) * (1 - b) + (f[i, j + 1] * (1 - a) + f[i + 1, j + 1] * a) * b
         return (f - 0.5) * GRAIN
 
-    return enlarged(epithelium), enlarged(lumen)
+    return enlarged(plan == "epithelium"), enlarged(plan == "lumen")
 
 
 def regions(rng, size):
     """The tissue map of a slide, uint8 [size/16, size/16] of positions in TISSUES: mostly tumour, some of all others."""
     n = size // CELL
     edge = np.minimum(np.arange(n), np.arange(n)[::-1]) * CELL
-    border = np.exp(-np.minimum.outer(edge, edge) / 60.0)  # sections end before the glass does
+    border = np.exp(-np.minimum.outer(edge, edge) / 30.0)  # sections end before the glass does
     glass = noise(rng, n, size / 800) + 2.5 * border
     other = noise(rng, n, size / 700)
     tissue = np.zeros((n, n), np.uint8)
-    tissue[other > np.quantile(other, 0.90)] = TISSUES.index("fat")
-    tissue[other < np.quantile(other, 0.12)] = TISSUES.index("stroma")
-    tissue[glass > np.quantile(glass, 0.90)] = TISSUES.index("glass")
+    tissue[other > np.quantile(other, 1 - rng.uniform(0, 0.12))] = TISSUES.index("fat")
+    tissue[other < np.quantile(other, rng.uniform(0, 0.12))] = TISSUES.index("stroma")
+    tissue[glass > np.quantile(glass, 1 - rng.uniform(0, 0.10))] = TISSUES.index("glass")
     return tissue
 
 
@@ -186,19 +192,20 @@ def regions(rng, size):
 # cells: one small picture per cell, drawn so that a low resolution cannot tell the types apart
 
 
-def hybrid(detail, common, cutoff=0.2, contrast=0.8):
-    """The low frequencies of `common` with the high frequencies of `detail`, scaled to the height `contrast`; both [n, n].
+def hybrid(detail, common, cutoff=0.2):
+    """The low spatial frequencies of `common` and the high ones of `detail`, at unit rms: [n, n], [n, n] -> float [n, n, 2].
 
     cutoff in cycles per pixel: 0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns,
     "Hybrid images", 2006)."""
     f = np.fft.fftfreq(len(detail))
     low = 1 / (1 + (np.hypot(f[:, None], f[None, :]) / cutoff) ** 16)
-    high = np.real(np.fft.ifft2(np.fft.fft2(detail) * (1 - low)))
-    return np.real(np.fft.ifft2(np.fft.fft2(common) * low)) + contrast * high / np.abs(high).max()
+    through = lambda image, gain: np.real(np.fft.ifft2(np.fft.fft2(image) * gain))  # noqa: E731
+    high = through(detail, 1 - low)
+    return np.dstack([through(common, low), high / np.sqrt(np.mean(high**2))])
 
 
 def sprite(rng, kind, diameter, angle, blur):
-    """Coverage of one cell by nuclear colour, float32 [n, n]; negative where the cell is clearer than its surroundings."""
+    """Picture of one cell, float32 [n, n, 2]: how much of it nuclear colour covers, and its detail, coloured by DETAIL."""
     n = 2 * int(1.6 * diameter) + 1
     y, x = np.mgrid[0:n, 0:n] - n // 2 + rng.uniform(-0.5, 0.5, (2, 1, 1))
     p, q = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -209,33 +216,34 @@ def sprite(rng, kind, diameter, angle, blur):
         return np.clip((1 - r) * short / 2 + 0.5, 0, 1)
 
     if kind == "small round":
-        cover = 1.2 * ellipse(0.55 * d, 0.52 * d)
+        cell = ellipse(0.55 * d, 0.52 * d)
     elif kind == "vesicular":
         body = ellipse(1.15 * d, 1.08 * d)
         rim = body - ellipse(1.15 * d - 4, 1.08 * d - 4)
-        cover = 1.0 * rim - 1.0 * ellipse(0.40 * d, 0.40 * d)
+        cell = ellipse(0.5 * d, 0.5 * d) - 0.5 * rim
     elif kind == "spindle":
-        cover = 1.2 * ellipse(1.9 * d, 0.32 * d)
+        cell = ellipse(1.9 * d, 0.32 * d)
     elif kind == "signet ring":
         vacuole = ellipse(0.62 * d, 0.62 * d, at=0.25 * d)
         crescent = ellipse(1.1 * d, 1.1 * d) * (1 - ellipse(0.8 * d, 0.8 * d, at=0.25 * d)) * (p < 0.2 * d)
-        cover = 1.1 * crescent - 1.2 * vacuole
+        cell = 1.2 * vacuole - 1.1 * crescent
     elif kind == "lymphocyte":
-        cover = 1.1 * ellipse(0.6 * d, 0.6 * d)
+        cell = 1.1 * ellipse(0.6 * d, 0.6 * d)
     else:  # a fibroblast of the stroma
-        cover = 0.7 * ellipse(1.5 * d, 0.3 * d)
+        cell = 0.7 * ellipse(1.5 * d, 0.3 * d)
     if kind in CYTOLOGIES:
-        common = np.exp(-(x * x + y * y) / (2 * (0.32 * diameter) ** 2))
-        cover = hybrid(cover, 0.55 * common)
+        cell = hybrid(cell, 0.55 * np.exp(-(x * x + y * y) / (2 * (0.32 * diameter) ** 2)))
+    else:
+        cell = np.dstack([cell, np.zeros_like(cell)])
     if blur:
         f = np.fft.fftfreq(n)
         mtf = np.exp(-2 * (np.pi * blur) ** 2 * (f[:, None] ** 2 + f[None, :] ** 2))
-        cover = np.real(np.fft.ifft2(np.fft.fft2(cover) * mtf))
-    return cover.astype(np.float32)
+        cell = np.real(np.fft.ifft2(np.fft.fft2(cell, axes=(0, 1)) * mtf[..., None], axes=(0, 1)))
+    return cell.astype(np.float32)
 
 
 def stamp(canvas, rng, kind, points, angles, diameter, blur):
-    """Add one cell of `kind` at each of points [N, 2] (y, x), turned by angles [N], to the coverage canvas [H, W]."""
+    """Add one cell of `kind` at each of points [N, 2] (y, x), turned by angles [N], to the canvas [H, W, 2] of `sprite`."""
     turns, variants = 16, 4
     bank = [[sprite(rng, kind, diameter, 2 * np.pi * i / turns, blur) for _ in range(variants)] for i in range(turns)]
     n = bank[0][0].shape[0]
@@ -287,15 +295,16 @@ def paint(rng, truth, size, tissue=None):
     g = size // 8
     y, x = np.mgrid[0:g, 0:g].astype(np.float32) * 8
     wobble = 10 * noise(rng, g, size / 80)
-    vacuole = soft(33 - lattice(rng, y + wobble, x + wobble, 78.0)[0], 5.0) * fat  # fat cells: empty, thin-walled
+    vacuole = soft(33 - lattice(rng, y + wobble, x + wobble, 78.0), 5.0) * fat  # fat cells: empty, thin-walled
     empty = np.maximum(np.maximum(lumen, vacuole), glass)
     stroma = np.clip(1 - epithelium - empty, 0, 1)
 
     # stain taken up by each, and the uneven texture of each
     fibres = noise(rng, n, size / 14) * 0.6 + noise(rng, n, size / 40)
     grain = noise(rng, n, size / 8) + noise(rng, n, size / 16)
-    h = basophilia * epithelium * (1 + mottle * grain) + 0.07 * stroma
-    e = 0.45 * epithelium * (1 + mottle * grain)
+    fine = rng.standard_normal((2, n, n), np.float32) * rng.uniform(0.05, 0.35, (2, 1, 1)).astype(np.float32)  # at the scale of 10x
+    h = basophilia * epithelium * (1 + mottle * grain + fine[0]) + 0.07 * stroma
+    e = 0.45 * epithelium * (1 + mottle * grain + fine[1])
     if truth["stroma"] == "fibrous":
         e = e + stroma * (0.80 + 0.14 * fibres)
     else:
@@ -307,7 +316,7 @@ def paint(rng, truth, size, tissue=None):
     ground = np.asarray(Image.fromarray(ground).resize((size, size), Image.BILINEAR))
 
     # cells
-    cover = np.zeros((size, size), np.float32)
+    cells = np.zeros((size, size, 2), np.float32)
     at = lambda field, points: field[tuple((points.T / step).astype(int).clip(0, n - 1))]  # noqa: E731
     swirl = noise(rng, n, size / 300) * 1.5 + rng.uniform(0, np.pi)  # neighbouring cells lie alike
     points = scatter(rng, size, pitch)
@@ -315,24 +324,27 @@ def paint(rng, truth, size, tissue=None):
     angles = at(swirl, points) + rng.normal(0, 0.25, len(points))
     if truth["cytology"] != "spindle":
         angles = rng.uniform(0, 2 * np.pi, len(points))
-    stamp(cover, rng, truth["cytology"], points, angles, diameter, blur)
+    stamp(cells, rng, truth["cytology"], points, angles, diameter, blur)
     points = scatter(rng, size, 34.0)
     points = points[(at(stroma, points) > 0.6) & (rng.random(len(points)) < 0.6)]
-    stamp(cover, rng, "fibroblast", points, at(swirl, points) + 0.5, diameter, blur)
+    stamp(cells, rng, "fibroblast", points, at(swirl, points) + 0.5, diameter, blur)
     points = scatter(rng, size, 15.0, 0.5)  # lymphocytes, in crowds
     crowd = noise(rng, n, size / 120)
     keep = rng.random(len(points)) < (0.03 if truth["lymphocytes"] == "few" else 0.25)
     points = points[keep & (at(stroma, points) > 0.7) & (at(crowd, points) > 0)]
-    stamp(cover, rng, "lymphocyte", points, np.zeros(len(points)), diameter, blur)
-    np.clip(cover, -1.2, 1.8, out=cover)  # reached by hardly any pixel: clipping would be a shift that 5x can see
+    stamp(cells, rng, "lymphocyte", points, np.zeros(len(points)), diameter, blur)
 
-    # blend: linear in the coverage, so that the average of a blend is the blend of the average
-    nucleus = white * np.exp(-1.5 * haematoxylin - 0.25 * eosin)
+    # blend: linear in the cells, so that the average of a blend is the blend of the average
+    colour = lambda h, e: white * np.exp(-h * haematoxylin - e * eosin)  # noqa: E731
+    nucleus = colour(1.5, 0.25)
+    contrast, plus, minus = DETAIL[truth["cytology"]]
+    hue = colour(*plus) - colour(*minus)
+    hue *= contrast / np.linalg.norm(hue)
     image = np.empty((size, size, 3), np.uint8)
     dust = rng.integers(-4, 5, (size, size), dtype=np.int8)
     for c in range(3):
         channel = ground[..., c].astype(np.float32)
-        channel += cover * (np.float32(nucleus[c]) - channel)
+        channel += cells[..., 0] * (np.float32(nucleus[c]) - channel) + cells[..., 1] * np.float32(hue[c])
         channel += dust
         image[..., c] = np.clip(channel, 0, 255, out=channel)
 
@@ -419,7 +431,8 @@ def make_slides(out, count, seed, first=0, size=2048, workers=2):
             # spawn, not fork: the caller may already run torch threads
             context = multiprocessing.get_context("spawn")
             ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-            with context.Pool(min(workers, len(jobs)), signal.signal, ignore) as pool:  # leaving this block, by Ctrl-C too, ends the workers; what they had finished stays
+            # leaving this block, by Ctrl-C too, ends the workers; what they had finished stays
+            with context.Pool(min(workers, len(jobs)), signal.signal, ignore) as pool:
                 for _ in pool.imap_unordered(_write_job, jobs):
                     bar.update()
     return paths
@@ -472,7 +485,7 @@ def caption(rng, level, truth, miss=0.3, wrong=0.1):
     """One noisy caption of a node, as an automatic captioner might write it: what is visible at that magnification.
 
     level: 0..3 for 5x, 10x, 20x, 40x. truth: `tissue` (dominating class), `fat` (fraction), the facts of the slide, with
-    `architecture`, `cytology`, `diagnosis` None where tumour is not most of the node. Each fact is left out with
+    `architecture`, `cytology`, `diagnosis` None where the node is not mostly tumour. Each fact is left out with
     probability `miss` and, where told, another of its kind is told instead with probability `wrong`; with that
     probability an irrelevant remark is added too. Never empty.
     """
@@ -530,7 +543,7 @@ def node_tissues(tissue, tumour, x, y, side):
         means = maps.reshape(k, 64 // k, k, 64 // k, -1).mean((1, 3))
         nodes.append(means[ROW[LEVEL == level], COL[LEVEL == level]])
     nodes = np.concatenate(nodes)
-    return nodes[:, :4], np.where(nodes[:, 0] >= 0.25, nodes[:, 4], 0.0)
+    return nodes[:, :4], np.where(nodes[:, 0] >= 0.2, nodes[:, 4], 0.0)
 
 
 def describe(shards_dir, slides_dir, seed, miss=0.3, wrong=0.1):
@@ -538,7 +551,8 @@ def describe(shards_dir, slides_dir, seed, miss=0.3, wrong=0.1):
 
     `bags-000000.captions.jsonl` has one line {"key", "node", "caption"} per node, `bags-000000.truth.jsonl` one line
     {"key", "node", "slide", "tissue", "tumour", "architecture", "cytology", "diagnosis"}, the last three null where
-    tumour covers less than half of the node. Shards that have both are skipped. Captions depend on [seed, key] alone.
+    tumour covers less than three quarters of the node: a mixed field is only called an edge. Shards that have both are
+    skipped. Captions depend on [seed, key] alone.
     """
     shards = sorted(Path(shards_dir).glob("bags-*.tar"))
     if not shards:
@@ -560,7 +574,7 @@ def describe(shards_dir, slides_dir, seed, miss=0.3, wrong=0.1):
             rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
             for node, (parts, share) in enumerate(zip(seen.tolist(), inside.tolist())):
                 node_truth = {**known, "tissue": "tumour", "fat": parts[2]}
-                if share < 0.5:
+                if share < 0.75:
                     node_truth.update(architecture=None, cytology=None, diagnosis=None, tissue=TISSUES[parts.index(max(parts))])
                 text = caption(rng, int(LEVEL[node]), node_truth, miss, wrong)
                 captions.append(json.dumps({"key": key, "node": node, "caption": text}))

@@ -75,30 +75,46 @@ def test_truth_maps_agree_with_pixels(slides):
         assert not ((tissue == 2) & tumour).mean() > 0.02
 
 
-def test_amounts_of_tissue_are_those_of_the_table():
-    for name, (cores, core, wall, outside) in synthetic.ARRANGEMENTS.items():
-        want = {"epithelium": wall, "lumen": 0.0, "stroma": 0.0}
-        for tissue, share in ((cores[0], core / 2), (cores[1], core / 2), (outside, 1 - core - wall)):
-            want[tissue] += share
-        got = []
-        for i in range(6):
-            epithelium, lumen = synthetic.arrange(np.random.default_rng(i), name, 2048)
-            got.append(((epithelium > 0).mean(), ((epithelium <= 0) & (lumen > 0)).mean()))
-        assert np.abs(np.mean(got, 0) - (want["epithelium"], want["lumen"])).max() < 0.05, (name, got, want)
+def test_amounts_are_those_of_the_table_and_steady_from_one_10x_field_to_the_next():
+    def spread(shares, side):  # deviation of the shares of [2, 256, 256] squares of 8 px over fields of `side` px
+        k = side // 8
+        return shares.reshape(2, 256 // k, k, 256 // k, k).mean((2, 4)).reshape(2, -1).std(1)
+
+    for name, (inside, core, wall, outside) in synthetic.ARRANGEMENTS.items():
+        want = {"epithelium": wall, inside: core, outside: 1 - core - wall}
+        fields = [synthetic.arrange(np.random.default_rng(i), name, 2048) for i in range(6)]
+        shares = np.array([(e > 0, (e <= 0) & (lumen > 0)) for e, lumen in fields])  # [6, 2, 256, 256]
+        assert np.abs(shares.mean((0, 2, 3)) - (want["epithelium"], want["lumen"])).max() < 0.06, name
+        assert np.mean([spread(s, 256) / spread(s, 128) for s in shares]) < 0.5, name  # chance alone would give about 0.5
+        assert np.mean([spread(s, 256) for s in shares]) < 0.08, name
 
 
 def test_cells_are_alike_at_10x_and_differ_at_20x():
-    def spectrum_gap(reduce):
+    def spectrum_gap(reduce, channel):
         pictures = {}
         for kind in synthetic.CYTOLOGIES:
-            cells = [synthetic.sprite(np.random.default_rng(i), kind, 9.5, 0.0, 0.0) for i in range(8)]
+            cells = [synthetic.sprite(np.random.default_rng(i), kind, 9.5, 0.0, 0.0)[..., channel] for i in range(8)]
             cells = [np.pad(c, (48 - len(c)) // 2 + 1)[:48, :48].reshape(48 // reduce, reduce, 48 // reduce, reduce).mean((1, 3)) for c in cells]
             pictures[kind] = np.mean([np.abs(np.fft.fft2(c)) for c in cells], 0)
         mean = np.mean(list(pictures.values()), 0)
-        return np.mean([np.linalg.norm(p - mean) for p in pictures.values()]) / np.linalg.norm(mean)
+        return np.mean([np.linalg.norm(p - mean) for p in pictures.values()]), np.linalg.norm(mean)
 
-    assert spectrum_gap(4) < 0.1
-    assert spectrum_gap(2) > 2 * spectrum_gap(4)
+    gap, size = spectrum_gap(4, 0)
+    assert gap < 0.02 * size  # what covers is the same for all
+    gap, size = spectrum_gap(2, 1)
+    assert gap > 0.2 * size  # what differs, differs at 20x
+    assert spectrum_gap(4, 1)[1] / 4 < 0.3 * size  # and is gone at 10x (the norm of a spectrum grows with the pixels)
+
+
+def test_a_slide_of_one_cytology_has_the_colours_of_another_once_averaged():
+    tumour = np.zeros((64, 64), np.uint8)
+    means = []
+    for c in range(4):  # the same random numbers, another cytology
+        truth = dict(synthetic.facts(0, 0), cytology=synthetic.CYTOLOGIES[c])
+        image, _, _ = synthetic.paint(np.random.default_rng(0), truth, 1024, tumour)
+        means.append(image[128:-128, 128:-128].mean((0, 1)))
+        assert ((image == 0) | (image == 255)).mean() < 0.02
+    assert np.ptp(means, axis=0).max() < 1.0  # grey levels
 
 
 def test_classes_are_balanced_and_diagnoses_give_no_fact_away():
