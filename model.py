@@ -107,7 +107,7 @@ class ViT(nn.Module):
 
     stem "patch": one strided convolution, as timm, UNI and CLIP have it. `pre_norm`, no patch bias and `eps` are CLIP's dialect.
     The pixel statistics are buffers: they belong to the weights, not to the data.
-    stem "conv": four stride-2 convolutions with batch norm [6], for training from scratch within minutes. Two more habits of
+    stem "conv": five convolutions with batch norm, four of stride 2 [6], for training from scratch within minutes. Two more habits of
     small texture networks come with it: an image is centred on its own mean colour (a stain tells nothing), and the class
     token starts as the mean of the patch tokens, so that it is of use before attention is. dev/LOG.md has what each is worth."""
 
@@ -117,13 +117,15 @@ class ViT(nn.Module):
         if size % patch:
             raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
         self.size, self.patch, self.width, self.grid = size, patch, width, size // patch
+        if stem not in ("patch", "conv"):
+            raise ValueError(f'stem is "patch" or "conv", not {stem!r}')
         self.conv = stem == "conv"
         if not self.conv:
             self.stem = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
         elif patch == 16:
-            sides = [3, width // 8, width // 4, width // 2, width]
-            self.stem = nn.Sequential(*[m for i, o in zip(sides, sides[1:]) for m in
-                                        (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())])
+            sides, strides = [3, width // 8, width // 4, width // 2, width // 2, width], (2, 2, 2, 1, 2)
+            self.stem = nn.Sequential(*[m for i, o, stride in zip(sides, sides[1:], strides) for m in
+                                        (nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())])
             self.stem.to(memory_format=torch.channels_last)                            # a fifth faster on a CPU
         else:
             raise ValueError(f'stem="conv" halves the image four times: patch must be 16, not {patch}')

@@ -1,6 +1,6 @@
 """Train MR-PLIP: one column from settings to the last checkpoint. Run it as it is and it makes its own data first.
 
-    torchrun train.py                                              # the built-in world, two CPU cores, about five minutes
+    torchrun train.py                                              # the built-in world, two CPU cores, about six minutes
     torchrun train.py --out runs/no_cvta --cvta 0                  # an ablation: a loss with weight 0 is not computed
     torchrun --nproc_per_node=8 train.py --preset paper --data bags --out runs/paper \\
         --vision_weights uni/pytorch_model.bin --clip_weights quiltnet/open_clip_pytorch_model.bin --tokenizer bpe_simple_vocab_16e6.txt.gz
@@ -76,10 +76,11 @@ class Config:
     warm: float = 0.85             # share of the steps in which CVTA takes a node's own caption's keywords; then cosine
     kin: float = 0.1               # ITC target mass on patches of the same bag
     # optimiser
-    steps: int = 1000              # optimiser steps
+    words: int = 300               # steps of the text tower alone before all others, where the paper has QuiltNet (not with --clip_weights)
+    steps: int = 900               # optimiser steps
     lr: float = 2e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
-    lr_text: float = 1.0           # factor on it for the text tower
+    lr_text: float = 0.1           # factor on it for the text tower
     warmup: int = 40               # steps of linear warm-up, then cosine to lr / 100
     weight_decay: float = 0.02     # not on biases, norms, temperatures, positions
     clip: float = 1.0              # gradient norm
@@ -103,7 +104,7 @@ LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
 PRESETS = {
     "synthetic": {},
     "paper": dict(out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0,
-                  k_o=8, keywords=128, negatives="bag", jitter=0.05, workers=8, steps=312_500, lr=1e-4, lr_vision=0.1, lr_text=0.1, warmup=2000, log_every=50,
+                  k_o=8, keywords=128, negatives="bag", jitter=0.05, workers=8, words=0, steps=312_500, lr=1e-4, lr_vision=0.1, lr_text=0.1, warmup=2000, log_every=50,
                   save_every=1000),  # 400,000 bags x 50 epochs / 64
 }
 
@@ -327,6 +328,38 @@ def build_model(cfg, tokenizer):
     return model
 
 
+def learn_words(model, bags, tokenizer, cfg, context):
+    """Contrast of captions with captions: two of one slide and magnification attract, those of other slides repel.
+
+    The paper starts from a text tower that has read a million captions. From nothing, text and images learn together badly:
+    kinds the images cannot tell apart yet become one in the text too, and then no gradient is left to part them (dev/LOG.md).
+    Every process does the same: no gradients are exchanged."""
+    of_slide = {}
+    for i, meta in enumerate(bags.meta):
+        of_slide.setdefault(meta["slide"], []).append(i)
+    rng, slides, levels = np.random.default_rng(cfg.seed), list(of_slide.values()), [range(*r) for r in ((0, 1), (1, 5), (5, 21), (21, 85))]
+    if len(slides) < 2:
+        return
+    optimizer = torch.optim.AdamW(model.text.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if losses.rank_offset(1) == 0 else True, dynamic_ncols=True):
+        pair = ([], [])                                                                # M = slides * 4 captions each
+        for slide in rng.permutation(len(slides))[:32]:
+            for nodes in levels:
+                for side, i in zip(pair, rng.choice(slides[slide], 2)):
+                    there = [n for n in nodes if bags.valid[i][n]] or [0]
+                    side.append(bags.captions[i][rng.choice(there)] or "")
+        ids = text.trim(tokenizer.batch(pair[0] + pair[1], context), tokenizer.end).to(model.proj.weight.device)
+        a, b = F.normalize(model.text(ids)[1].float(), dim=-1).chunk(2)                # [M, d] each
+        logits, own = a @ b.T / 0.07, torch.arange(len(a), device=a.device)            # [M, M]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10))
+        optimizer.zero_grad()
+        ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).backward()
+        nn.utils.clip_grad_norm_(model.text.parameters(), cfg.clip)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 def save_checkpoint(folder, model, optimizer, step, cfg):
     """ckpt.pt (and the one before it as ckpt_prev.pt): each appears whole or not at all."""
     new, old = Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"
@@ -423,8 +456,11 @@ def main(argv):
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         say(f"continuing {run} at step {step} of {cfg.steps}")
-    elif rank == 0:
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    else:
+        if cfg.words and not cfg.clip_weights:
+            learn_words(model, bags, tokenizer, cfg, context)
+        if rank == 0:
+            (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     forward = torch.compile(objective, dynamic=False) if cfg.compile else objective
     if world > 1:

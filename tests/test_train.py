@@ -17,7 +17,7 @@ import losses
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--bags", "4", "--log_every", "1", "--warmup", "2", "--workers", "0", "--evaluate", "false", "--device", "cpu"]
+SMALL = ["--bags", "4", "--words", "2", "--log_every", "1", "--warmup", "2", "--workers", "0", "--evaluate", "false", "--device", "cpu"]
 
 
 def run(*argv, nproc=0, check=True):
@@ -85,6 +85,28 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
     rows = int(batch["valid"].sum())
     assert parts["itc"].item() == pytest.approx(torch.tensor(rows).log().item() + 0.5 / (128 * 0.07 ** 2), abs=0.6)
     assert parts["plm"].item() == pytest.approx(torch.tensor(float(tokenizer.size)).log().item(), abs=0.5)
+
+
+def test_words_first_bring_captions_of_a_slide_together_and_the_same_every_time(world):
+    cfg = train.parse(["--words", "30"])
+    bags = train.data.BagDataset(world / "train")
+    tokenizer = train.text.Tokenizer.train([c for cs in bags.captions for c in cs if c], 600)
+    slides = [m["slide"] for m in bags.meta]
+    texts, of = zip(*[(bags.captions[i][n], slides[i]) for i in range(len(bags)) for n in range(21, 85, 4) if bags.valid[i][n]])
+    same = torch.tensor([[a == b for b in of] for a in of])
+
+    def gap(model):  # how much closer two 40x captions of one slide are than two of different slides
+        with torch.no_grad():
+            t = torch.nn.functional.normalize(model.text(tokenizer.batch(texts, 64))[1], dim=-1)
+        cosine = t @ t.T
+        return (cosine[same].mean() - cosine[~same].mean()).item()
+
+    models = [train.build_model(cfg, tokenizer) for _ in range(2)]
+    before = gap(models[0])
+    for model in models:
+        train.learn_words(model, bags, tokenizer, cfg, 64)
+    assert gap(models[0]) > before + 0.05 and all(p.grad is None for p in models[0].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()))
 
 
 def test_resumed_equals_uninterrupted_bitwise(world, tmp_path):
