@@ -287,7 +287,8 @@ def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
     for i in range(60):                                   # the same pixels under sixty names: links cost nothing
         os.link(slides / "s0.svs", slides / f"t{i:02d}.svs")
     args = [sys.executable, SCRIPT, "tile", str(slides), "--out", str(out), "--size", "64", "--patch", "32", "--workers", str(workers)]
-    p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit "ignore"
+    p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     deadline = time.time() + 30
     while not list(out.glob("*.tar")) and time.time() < deadline:
         time.sleep(0.01)
