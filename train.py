@@ -337,9 +337,10 @@ def learn_words(model, bags, tokenizer, cfg, context):
     of_slide = {}
     for i, meta in enumerate(bags.meta):
         of_slide.setdefault(meta["slide"], []).append(i)
-    rng, slides, levels = np.random.default_rng(cfg.seed), list(of_slide.values()), [range(*r) for r in ((0, 1), (1, 5), (5, 21), (21, 85))]
+    rng, slides, levels = np.random.default_rng(cfg.seed), list(of_slide.values()), np.split(np.arange(85), [1, 5, 21])
     if len(slides) < 2:
         return
+    schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
     optimizer = torch.optim.AdamW(model.text.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if losses.rank_offset(1) == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each
@@ -352,7 +353,7 @@ def learn_words(model, bags, tokenizer, cfg, context):
         a, b = F.normalize(model.text(ids)[1].float(), dim=-1).chunk(2)                # [M, d] each
         logits, own = a @ b.T / 0.07, torch.arange(len(a), device=a.device)            # [M, M]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10))
+            group["lr"] = learning_rate(step, schedule)
         optimizer.zero_grad()
         ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).backward()
         nn.utils.clip_grad_norm_(model.text.parameters(), cfg.clip)
