@@ -1,9 +1,10 @@
 """What each stage costs, beside its limit or beside a peer, measured in the same run and given as ratios.
 
-    python bench.py                    # every stage, about a minute on two CPU cores
-    python bench.py read step          # only these
+    python bench.py                    # every stage, about two minutes on two CPU cores
+    python bench.py data step          # only these
+    python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
 
-    read    one bag from a slide, beside decoding the same JPEG tiles and nothing else       (limit)
+    data    a bag from a slide and from a shard, beside decoding the same JPEG bytes         (limit) and OpenSlide (peer)
     vision  the preset's ViT forward and backward, beside the machine's matrix-multiply rate  (limit)
     attn    our fused attention, beside torch.nn.MultiheadAttention                           (peer)
     step    a whole training step, split by loss: what an ablation saves
@@ -16,14 +17,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import imagecodecs
+import numpy as np
+import tifffile
 import torch
 import torch.nn as nn
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -31,6 +37,11 @@ import model as networks
 import synthetic
 import text
 import train
+
+try:
+    import openslide  # pip install openslide-python openslide-bin: a peer to compare with, not needed otherwise
+except ImportError:
+    openslide = None
 
 
 def interleaved(cases, rounds=5):
@@ -47,33 +58,69 @@ def interleaved(cases, rounds=5):
     return seconds
 
 
-def report(title, seconds, base, note=""):
-    """One line a case: median time and the median ratio to `base` of the same round."""
+def report(title, seconds, base, patches=0):
+    """One line a case: median time, the rate when a call makes so many patches, and the median ratio to `base` of the same round."""
     print(f"\n{title}")
     for name, s in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(s, seconds[base]))
-        print(f"  {name:42} {1000 * statistics.median(s):9.1f} ms   {ratio:6.2f} x {base}{note if name != base else ''}")
+        ratio, rate = statistics.median(a / b for a, b in zip(s, seconds[base])), patches / statistics.median(s)
+        print(f"  {name:42} {1000 * statistics.median(s):9.1f} ms " + f"{rate:7.0f} patches/s" * (patches > 0) + f"   {ratio:6.2f} x {base}")
 
 
-def bench_read(folder):
-    """A bag of 4096 level-0 pixels (the paper's parent on a 40x slide) read and averaged, one thread, against tile decoding."""
-    path = Path(folder) / "bench.svs"
-    synthetic.write_slide(path, 0, 0, size=4096)
-    with data.Slide(path, threads=1) as slide:
-        page = slide.pages[0]
-        with open(path, "rb") as f:
-            tiles = []
-            for offset, count in zip(page.dataoffsets, page.databytecounts):
-                f.seek(offset)
-                tiles.append(f.read(count))
+def bench_data(folder, side):
+    """Bags from a slide of side x side pixels, and from a shard, beside decoding the same JPEG bytes and nothing else, and beside
+    OpenSlide reading the same 85 patches one by one. One thread unless named; tiles of 256 px and, as older scanners write, 240."""
+    torch.set_num_threads(1)
+    corners = [(x, y) for y in range(0, side - 4095, 4096) for x in range(0, side - 4095, 4096)]   # 4096 px: the paper's parent at 40x
 
-        def decode():
-            for i, tile in enumerate(tiles):
-                page.decode(tile, i, jpegtables=page.jpegtables)
-        report("read: a 4096-px parent, one thread", interleaved({
-            "decode its tiles, keep nothing": decode,
-            "Slide.read -> 4096": lambda: slide.read(0, 0, 4096, 4096),
-            "Slide.read -> 1792 (a bag of 224-px patches)": lambda: slide.read(0, 0, 4096, 1792)}), "decode its tiles, keep nothing")
+    def each(f):  # a case: every call takes the next corner
+        at = itertools.cycle(corners)
+        return lambda: f(*next(at))
+
+    for tile in (256, 240):
+        path = Path(folder) / f"bench-{tile}.svs"
+        synthetic.write_slide(path, 0, 0, side, tile)
+        with data.Slide(path, threads=1, keep=0) as one, data.Slide(path, threads=2, keep=0) as two:
+            page = one.file.pages[0]
+            stored = [one.pages[0].load(k) for k in range(len(page.dataoffsets))]
+            colours = tifffile.tifffile.jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
+
+            def floor(x, y):
+                for r in range(y // tile, -(-min(y + 4096, side) // tile)):
+                    for c in range(x // tile, -(-min(x + 4096, side) // tile)):
+                        imagecodecs.jpeg8_decode(stored[r * -(-side // tile) + c], tables=page.jpegtables, colorspace=colours[0], outcolorspace=colours[1])
+
+            def patches(x, y):  # also the three coarser levels, each averaged from the one below; a patch is a view of its level
+                level = one.read(x, y, 4096, 4096)
+                for k in (8, 4, 2, 1):
+                    level = data.resize(level, 512 * k)
+                    level.reshape(k, 512, k, 512, 3).swapaxes(1, 2)
+            cases = {"decode": each(floor), "bag of 512-px patches": each(lambda x, y: one.read(x, y, 4096, 4096)),
+                     "... with two threads": each(lambda x, y: two.read(x, y, 4096, 4096)), "... and its 85 patches": each(patches),
+                     "bag of 224-px patches": each(lambda x, y: one.read(x, y, 4096, 1792))}
+            if openslide:
+                peer = openslide.OpenSlide(path)
+                cases["OpenSlide, the 85 patches of 512 px"] = each(lambda x, y: openslide_patches(peer, x, y))
+            times = interleaved(cases)
+            report(f"a bag from a slide, tiles of {tile} px (decode: its tiles, kept nowhere)", times, "decode", patches=85)
+            ratio = lambda a, b: statistics.median(p / q for p, q in zip(times[a], times[b]))
+            print(f"  two threads: {ratio('bag of 512-px patches', '... with two threads'):.2f} times faster" + (f"; OpenSlide takes "
+                  f"{ratio('OpenSlide, the 85 patches of 512 px', '... and its 85 patches'):.1f} times as long" if openslide else ""))
+    data.tile(path, Path(folder) / "bags", patch_px=224)
+    bags = data.BagDataset(Path(folder) / "bags", captions=False)
+    at = [itertools.cycle(range(len(bags))) for _ in range(3)]
+    report("a bag of 224-px patches from a shard", interleaved({
+        "decode": lambda: imagecodecs.jpeg8_decode(bags.jpeg(next(at[0]))), "dataset item": lambda: bags[next(at[1])],
+        "... and its 85 patches, float32": lambda: data.pyramid(bags[next(at[2])]["image"][None])}), "decode", patches=85)
+
+
+def openslide_patches(peer, x, y):
+    """The 85 patches of a parent as the usual tools read them: from the best stored level, then resized to 512 px."""
+    for n in range(data.NODES):
+        u, v, side = data.square(n, x, y, 4096)
+        level = peer.get_best_level_for_downsample(side / 512)
+        size = round(side / peer.level_downsamples[level])
+        patch = peer.read_region((u, v), level, (size, size)).convert("RGB")
+        np.asarray(patch if size == 512 else patch.resize((512, 512), Image.BOX))
 
 
 def bench_vision(device):
@@ -103,7 +150,7 @@ def bench_step(folder, device):
     """A training step of the synthetic preset with all losses, and without each: what it costs."""
     train.make_world(Path(folder) / "world", train=20, test=1)
     bags = data.BagDataset(Path(folder) / "world" / "train")
-    tokenizer = text.Tokenizer.train((c for captions in bags.captions for c in captions if c), 1500)
+    tokenizer = text.Tokenizer.train((c for i in range(len(bags)) for c in bags.captions(i) if c), 1500)
     cfg = train.Config()
     batches = train.Batches(bags, tokenizer, cfg, networks.SIZES["synthetic"]["text"]["context"])
     batch = {k: v.to(device) for k, v in batches[0].items()}
@@ -121,16 +168,18 @@ def bench_step(folder, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="read, vision, attn, step (default: all)")
-    stages = parser.parse_args().stages or ["read", "vision", "attn", "step"]
-    if set(stages) - {"read", "vision", "attn", "step"}:
-        raise ValueError(f"unknown stage {(set(stages) - {'read', 'vision', 'attn', 'step'}).pop()!r}; there are read, vision, attn and step")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, vision, attn, step (default: all)")
+    parser.add_argument("--side", type=int, default=8192, help="pixels, of the slide that `data` reads")
+    args = parser.parse_args()
+    stages = {"data": lambda: bench_data(folder, args.side), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
+              "step": lambda: bench_step(folder, device)}
+    if unknown := set(args.stages) - set(stages):
+        raise ValueError(f"unknown stage {unknown.pop()!r}; there are {', '.join(stages)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        for stage in stages:
-            {"read": lambda: bench_read(folder), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
-             "step": lambda: bench_step(folder, device)}[stage]()
+        for stage in args.stages or stages:
+            stages[stage]()
 
 
 if __name__ == "__main__":

@@ -11,75 +11,34 @@ takes 20 such parents from each of 20,000 slides: 34 million patches of 512 x 51
 3. Magnification means microns per pixel, mpp = 10 / magnification; never the index of a pyramid level, which stands for
    something else in every file (40x, 10x, 2.5x from one scanner; 20x, 10x, 5x from another).
 
-Slides themselves are read by slide.py. Outline: the tree | parents | tiling into tar shards | BagDataset | pyramid and augmentation | pictures and
-the command line. Shape letters: B bags, N nodes, S pixels per patch side. x, y, side are level-0 pixels of the slide.
+Slides are read by slide.py, which also knows the tree and chooses the parents. Outline: tiling into tar shards | BagDataset | pyramid
+and augmentation | pictures and the command line. Shape letters: B bags, N nodes, S pixels per patch side. x, y, side are level-0 pixels of the slide.
 """
-import argparse, difflib, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, zlib
+import argparse, contextlib, difflib, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, zipfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import imagecodecs, numpy as np, torch
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from slide import MAGS, Slide, mpp_of, thumbnail, tissue_fraction, tissue_mask
-
-NODES = 85
-LEVELS = (slice(0, 1), slice(1, 5), slice(5, 21), slice(21, 85))        # the nodes of each magnification
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif")           # what a folder is searched for
-
-# ---------------------------------------------------------------- the tree (plain arithmetic, on int, numpy or torch)
-
-def parent(n, b=4):
-    """The node above n in a b-ary heap; the root, n = 0, has none."""
-    return (n - 1) // b
-
-def children(n, b=4):
-    """The b nodes below n, in the order TL, TR, BL, BR when b = 4."""
-    return [b * n + 1 + q for q in range(b)]
-
-def level(n, b=4):
-    """0, 1, 2, 3 for a node at 5x, 10x, 20x, 40x."""
-    return (n > 0) * 1 + (n > b) * 1 + (n > b + b * b) * 1
-
-def place(n):
-    """Node -> (level, row, column) on its level's 2^level x 2^level grid. The rank of a node within its level is the Z-order
-    code of its place, the bits of row and column taken in turns: so the even bits spell the column, the odd ones the row."""
-    rank = n - ((n > 0) * 1 + (n > 4) * 4 + (n > 20) * 16)
-    return level(n), rank >> 1 & 1 | rank >> 2 & 2 | rank >> 3 & 4, rank & 1 | rank >> 1 & 2 | rank >> 2 & 4
-
-def square(n, x, y, side):
-    """(x, y, side) of node n in the bag whose 5x parent is (x, y, side); exact when side is a multiple of 8."""
-    lev, row, col = place(n)
-    return x + col * side // 2 ** lev, y + row * side // 2 ** lev, side // 2 ** lev
-
-# ---------------------------------------------------------------- which parents
-
-def choose_parents(slide, patch=512, parents=20, min_tissue=0.5, seed=0):
-    """-> [(x, y, side, tissue float [85])]: at most `parents` 5x parents that do not overlap, in reading order.
-
-    A parent is `patch` pixels wide at 5x by the slide's true mpp (not its nominal magnification), rounded to 8 level-0 pixels
-    so that all four levels tile it exactly. Candidates are a centred grid; a slide smaller than one parent gets one, padded
-    with white. The draw depends on slide name and `seed` alone, so adding slides changes nothing for the others."""
-    (W, H), side = slide.size, max(8, 8 * round(patch * mpp_of(5) / slide.mpp / 8))
-    mask, scale = tissue_mask(slide, um=min(8, patch / 16))                 # at least four mask pixels across a 40x patch
-    nx, ny = max(1, W // side), max(1, H // side)
-    grid = np.meshgrid((W - nx * side) // 2 + side * np.arange(nx), (H - ny * side) // 2 + side * np.arange(ny))
-    x, y, sides = square(np.arange(NODES), *(g.reshape(-1, 1) for g in grid), side)
-    tissue = tissue_fraction(mask, scale, x, y, np.broadcast_to(sides, x.shape))
-    rng = np.random.default_rng([seed, zlib.crc32(slide.name.encode())])
-    drawn = rng.permutation(np.flatnonzero(tissue[:, 0] >= min_tissue))[:parents]
-    return [(int(x[i, 0]), int(y[i, 0]), side, tissue[i]) for i in sorted(drawn)]
+from slide import (LEVELS, MAGS, NODES, PICTURES, SUFFIXES, Slide, children, choose_parents, level, mpp_of, parent, place, resize, square,
+                   thumbnail, tissue_fraction, tissue_mask)
 
 # ---------------------------------------------------------------- tiling: slides -> tar shards
 
 def find_slides(paths):
-    """Files and folders (of slides, not searched deeper) -> paths sorted by file name, which must be unique."""
+    """Files and folders (of slides, not searched deeper) -> paths sorted by file name, which must be unique. Beside slides a
+    folder's PNG and JPEG files are thumbnails and the like; they are slides where there is nothing else."""
     found = set()
     for p in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        inside = [f for f in p.iterdir() if f.suffix.lower() in SUFFIXES] if p.is_dir() else [p]
-        if not inside or not p.exists():
-            raise ValueError(f"{p} " + (f"holds no slides ({' '.join(SUFFIXES)})" if p.exists() else "does not exist") + ": check the path")
+        if not p.exists():
+            raise ValueError(f"{p} does not exist: check the path")
+        files = {kind: [f for f in p.iterdir() if f.suffix.lower() in kind] for kind in (SUFFIXES, PICTURES)} if p.is_dir() else {}
+        inside = files[SUFFIXES] or files[PICTURES] if files else [p]
+        if not inside:
+            raise ValueError(f"{p} holds no slides ({' '.join(SUFFIXES + PICTURES)}): check the path")
         found.update(inside)
     found = sorted(found, key=lambda f: (f.name, str(f)))
     for a, b in zip(found, found[1:]):
@@ -111,11 +70,11 @@ def _tile_slide(job):
     temp = shard.with_suffix(".tar.tmp")
     try:
         with Slide(path, mpp, threads) as slide:
-            bags = choose_parents(slide, *(settings[k] for k in ("patch", "parents", "min_tissue", "seed")))
+            bags = choose_parents(slide, *(settings[k] for k in ("fov_px", "parents", "min_tissue", "seed")))
             with tarfile.open(temp, "w") as tar:
                 for i, (x, y, side, tissue) in enumerate(bags):
                     # 4:2:2: stain colour tells nucleus from cytoplasm, and the usual 4:2:0 quarters it
-                    jpg = imagecodecs.jpeg8_encode(slide.read(x, y, side, 8 * settings["S"]), settings["quality"], subsampling="422")
+                    jpg = imagecodecs.jpeg8_encode(slide.read(x, y, side, 8 * settings["patch_px"]), settings["quality"], subsampling="422")
                     meta = dict(slide=slide.name, x=x, y=y, side=side, mpp=slide.mpp, levels=slide.mags,
                                 tissue=[round(float(t), 4) for t in tissue])
                     for suffix, data in (("jpg", jpg), ("json", json.dumps(meta).encode())):
@@ -124,38 +83,43 @@ def _tile_slide(job):
                         tar.addfile(info, io.BytesIO(data))
         if bags:
             os.replace(temp, shard)
-        row = dict(slide=slide.name, shard=shard.name if bags else None, bags=len(bags), mpp=slide.mpp, settings=settings)
+        row = dict(slide=slide.name, shard=shard.name if bags else None, bags=len(bags), mpp=slide.mpp, doubt=slide.doubt, settings=settings)
         with open(shard.parent / "slides.jsonl", "a") as f:                 # after the shard: a row is a promise
             f.write(json.dumps(row) + "\n")
         return row
-    except (ValueError, OSError) as e:
-        return str(e)
+    except OSError as e:                                  # of the slide: our own sentence; of the shard: the system's, with a number
+        return str(e) if e.errno is None else f"{path}: {shard} cannot be written or the slide not read ({e.strerror}): mend that, then repeat the command"
+    except Exception as e:                                # one slide in ten thousand must not stop the others
+        return str(e) if isinstance(e, ValueError) else f"{path} cannot be tiled ({type(e).__name__}: {e}): leave it out, or report this"
     finally:
         temp.unlink(missing_ok=True)
 
-def tile(slides, out, S=224, patch=512, parents=20, min_tissue=0.5, mpp=None, seed=0, workers=1, quality=90):
+def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5, mpp=None, seed=0, workers=1, quality=90):
     """Slides (files or folders) -> one tar shard each in folder `out`, finished ones skipped: the same call continues a
-    stopped one. S: stored pixels per patch side, each bag an 8S x 8S JPEG. patch: the paper's pixels per patch at its
-    magnification, which sets the field of view. workers: processes, a slide each. Unreadable slides are reported and left out.
+    stopped one. fov_px: the paper's pixels per patch at its magnification, which sets the field of view. patch_px: the stored
+    pixels per patch side, S, each bag an 8S x 8S JPEG. workers: processes, a slide each. A slide that cannot be used is left
+    out, with a row {"slide", "reason"} in out/failures.jsonl, and tried again by the next call.
     -> dict(slides, done, bags, empty, failed): counts over the slides given."""
     paths, out = find_slides(slides), Path(out)
     mpps = mpp_table(mpp, [p.name for p in paths])
-    settings = dict(S=S, patch=patch, parents=parents, min_tissue=min_tissue, seed=seed, quality=quality)
-    for name, least in (("S", 1), ("patch", 16), ("parents", 1), ("seed", 0), ("quality", 1)):
+    settings = dict(patch_px=patch_px, fov_px=fov_px, parents=parents, min_tissue=min_tissue, seed=seed, quality=quality)
+    for name, least in (("patch_px", 1), ("fov_px", 16), ("parents", 1), ("seed", 0), ("quality", 1)):
         if settings[name] < least:
             raise ValueError(f"{name} is {settings[name]}, which is less than {least}: choose another value")
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.glob("bags-*.tar.tmp"):
         stale.unlink()
-    table = out / "slides.jsonl"
-    if table.exists() and not (text := table.read_text()).endswith("\n"):   # a row cut off by a crash: its slide is not done
-        table.write_text(text[:text.rfind("\n") + 1])
-    done = {row["slide"]: row for _, row in read_jsonl(table)} if table.exists() else {}
+    table, failures = out / "slides.jsonl", out / "failures.jsonl"
+    if table.exists() and not table.read_bytes().endswith(b"\n"):           # a crash cut the last row off: the next starts a new line
+        _replace(table, "".join(json.dumps(row) + "\n" for row in _whole_rows(table)))
+    done = {row["slide"]: row for row in _whole_rows(table) if not row["shard"] or (out / row["shard"]).exists()}
     for name, row in done.items():
         old, new = dict(row["settings"], mpp=row["mpp"]), dict(settings, mpp=mpps.get(name) or row["mpp"])
         if old != new:
-            changed = ", ".join(f"{k} {old[k]} is now {new[k]}" for k in new if old.get(k) != new[k])
+            changed = ", ".join(f"{k} {old.get(k)} is now {new[k]}" for k in new if old.get(k) != new[k])
             raise ValueError(f"{out} holds {name} tiled with other settings ({changed}): repeat those or choose another --out")
+    old = [row for row in _whole_rows(failures) if row["slide"] not in mpps]               # those of this call are tried again
+    _replace(failures, "".join(json.dumps(row) + "\n" for row in old))
     # shard numbers go to slides in order of name before any work starts: neither workers nor interruptions change them
     taken, stems, jobs = {row["shard"] for row in done.values()}, {Path(name).stem for name in done}, []
     free = (shard for i in range(10 ** 6) if (shard := out / f"bags-{i:06d}.tar").name not in taken)
@@ -166,6 +130,7 @@ def tile(slides, out, S=224, patch=512, parents=20, min_tissue=0.5, mpp=None, se
         stems.add(p.stem)
         jobs.append((p, key, next(free), mpps[p.name], max(1, (os.cpu_count() or 1) // max(1, workers)), settings))
     pool, bar, failed = None, tqdm(total=len(paths), initial=len(paths) - len(jobs), unit="slide", disable=None), 0
+    say = lambda sentence: bar.write(sentence, file=sys.stderr)
     try:
         if workers > 1 and len(jobs) > 1:                 # spawn, because a fork of a process that has run torch may hang
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)          # workers inherit it and finish the slide in hand
@@ -176,98 +141,183 @@ def tile(slides, out, S=224, patch=512, parents=20, min_tissue=0.5, mpp=None, se
             bar.update()
             if isinstance(row, str):
                 failed += 1
-                bar.write(f"left out: {row}", file=sys.stderr)
+                say(f"left out: {row}")
+                with contextlib.suppress(OSError), open(failures, "a") as f:               # a full disk takes no more words
+                    f.write(json.dumps(dict(slide=job[0].name, reason=row)) + "\n")
             elif not row["bags"]:
-                bar.write(f"no parent: {job[0]} has no square of {patch} pixels at 5x with {min_tissue:.0%} tissue", file=sys.stderr)
+                say(f"no parent: {job[0]} has no square of {fov_px} pixels at 5x with {min_tissue:.0%} tissue")
+            elif row["doubt"]:
+                say(f"in doubt: {job[0]}: {row['doubt']}; tiled with the former")
+    except BrokenProcessPool:
+        raise ValueError(f"a worker of {workers} was killed, most often because memory ran out: use fewer --workers; finished slides are kept") from None
     finally:
         bar.close()
         if pool:
             pool.shutdown(cancel_futures=True)
-    rows = [row for _, row in read_jsonl(table) if row["slide"] in mpps] if table.exists() else []
+    rows = [row for row in _whole_rows(table) if row["slide"] in mpps]
+    rows = {row["slide"]: row for row in rows}.values()   # the last of a slide that was tiled again
     return dict(slides=len(paths), done=len(rows), bags=sum(r["bags"] for r in rows), empty=sum(not r["bags"] for r in rows),
                 failed=failed)
+
+def _whole_rows(path):
+    """The records of a JSON-lines file of ours, less any that a crash or a full disk cut off: what it told of is not done."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+def _replace(path, content):
+    """Write bytes or text so that the file appears whole or not at all."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(temp, path)
 
 # ---------------------------------------------------------------- bags as a dataset
 
 def read_jsonl(path):
-    """Yield (line number, record) of a JSON-lines file; a broken line is a ValueError naming file:line."""
-    with open(path) as f:
+    """Yield (line number, byte offset, record) of a JSON-lines file; a broken line is a ValueError naming file:line."""
+    offset = 0
+    with open(path, "rb") as f:
         for i, line in enumerate(f, 1):
             try:
                 if line.strip():
-                    yield i, json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}:{i}: not JSON ({e.msg}): mend or delete this line") from None
+                    yield i, offset, json.loads(line)
+            except ValueError as e:                       # of json, or of bytes that are not UTF-8
+                raise ValueError(f"{path}:{i}: not JSON ({getattr(e, 'msg', e)}): mend or delete this line") from None
+            offset += len(line)
 
 class BagDataset(torch.utils.data.Dataset):
-    """All bags in a folder of shards: ds[i] -> dict(key, slide, index i, image uint8 [3, 8S, 8S], valid bool [85], captions [85]
-    of str or None). valid: the slide has the magnification and at least `min_node` of the patch is tissue. Blank patches stay
-    in the tree, since kinship is by number, but masked, since captioners invent findings on glass. A valid node without a
-    caption is a ValueError, unless captions=False. .meta[i] is the bag's json, .keys[i] its key, .S the patch side. Captions
-    are held in memory, about 150 bytes each."""
+    """All bags of a folder of shards, in order of shard; ds[i] -> dict(key, slide, index, image uint8 [3,8S,8S], valid bool [85]).
+
+    valid: magnification truly in the slide and at least `min_node` tissue (captioners invent things on blank glass). A bag is
+    one JPEG, found by its offset, and so is each caption: nothing is loaded but what is asked for, in any order. Where things
+    are is kept in `index.npz`, made when the folder is first opened, which also checks it: a truncated shard or a valid node
+    without a caption is a ValueError naming the file. .keys, .slides [n] names, .S the patch side, .valid bool [n,85]."""
 
     def __init__(self, folder, captions=True, min_node=0.1):
-        self.folder, self.keys, self.meta, self.S = Path(folder), [], [], None
-        self.spots, self.valid, self.captions, self._truth = [], [], [], {}
-        for shard in sorted(self.folder.glob("bags-*.tar")):
-            first = len(self.keys)
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    if member.name.endswith(".jpg"):
-                        self.spots.append((shard, member.offset_data, member.size))
-                    elif member.name.endswith(".json"):   # follows its jpg
-                        self.keys.append(member.name[:-5])
-                        self.meta.append(json.loads(tar.extractfile(member).read()))
-            size = Image.open(io.BytesIO(self._bytes(first))).width
-            if size != 8 * (self.S or size // 8):
-                raise ValueError(f"{shard} holds bags of {size} pixels, those before it {8 * self.S}: tile each size into its own folder")
-            self.S = size // 8
-            for meta in self.meta[first:]:
-                there = [MAGS[level(n)] in meta["levels"] and meta["tissue"][n] >= min_node for n in range(NODES)]
-                self.valid.append(torch.tensor(there))
-            self.captions += self._captions(shard, first) if captions else [[None] * NODES for _ in self.keys[first:]]
-        if not self.keys:
-            raise ValueError(f"{folder} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {folder}`")
+        self.folder, self._truth = Path(folder), {}
+        index = _index(self.folder, captions)
+        self.shards = [self.folder / name for name in index["shards"].tolist()]
+        self.keys, self.slides, self.S = index["keys"].tolist(), index["slides"].tolist(), int(index["S"])
+        self._shard, self._spot, self._caption = index["shard"], index["spot"], index["caption"]
+        there = (index["tissue"] >= min_node) & index["levels"][:, level(np.arange(NODES))]
+        self.valid = torch.from_numpy(there)
+        if captions and (lack := there & (self._caption < 0)).any():
+            i, n = np.argwhere(lack)[0]
+            path = self.shards[self._shard[i]].with_suffix(".captions.jsonl")
+            raise ValueError(f"{path} {'has no' if path.exists() else 'does not exist: no'} caption for node {n} of bag {self.keys[i]} "
+                             f"({lack.sum()} missing in all): {_caption_remedy(self.folder)}")
 
-    def _captions(self, shard, first):
-        path, fix = shard.with_suffix(".captions.jsonl"), f"give each node one (`python text.py import CAPTIONS --shards {self.folder}`)"
-        rows = {k: [None] * NODES for k in self.keys[first:]}
-        for i, r in read_jsonl(path) if path.exists() else ():
-            try:
-                rows.get(r["key"], [None] * NODES)[r["node"]] = r["caption"]
-            except (KeyError, TypeError, IndexError):
-                raise ValueError(f'{path}:{i}: expected {{"key": ..., "node": 0-84, "caption": ...}}: {fix}') from None
-        lack = [(n, k) for k, v in zip(rows, self.valid[first:]) for n in range(NODES) if v[n] and not rows[k][n]]
-        if lack:
-            raise ValueError(f"{path} {'has no' if path.exists() else 'does not exist: no'} caption for node {lack[0][0]} of bag "
-                             f"{lack[0][1]} ({len(lack)} missing in all): {fix}")
-        return list(rows.values())
+    def jpeg(self, i):
+        """The stored bytes of bag i."""
+        return self._read(i, *self._spot[i, :2])
+
+    def meta(self, i):
+        """The json of bag i: slide, x, y, side, mpp, levels, tissue."""
+        return json.loads(self._read(i, *self._spot[i, 2:]))
+
+    def _read(self, i, offset, size):
+        with open(self.shards[self._shard[i]], "rb") as f:                  # opened anew: 10 us, no handle to share or run out of
+            return os.pread(f.fileno(), size, offset)
+
+    def captions(self, i, nodes=range(NODES)):
+        """The captions of bag i, of all nodes or the `nodes` named: a list of str, None where there is none."""
+        at = self._caption[i, list(nodes)].tolist()
+        if max(at) < 0:
+            return [None] * len(at)
+        with open(self.shards[self._shard[i]].with_suffix(".captions.jsonl"), "rb") as f:
+            return [json.loads(f.readline())["caption"] if a >= 0 and f.seek(a) >= 0 else None for a in at]
 
     def truth(self, i):
         """Ground truth of bag i from bags-*.truth.jsonl ({"key", "node", ...} a line): 85 of dict or None; None without a file."""
-        path = self.spots[i][0].with_suffix(".truth.jsonl")
+        path = self.shards[self._shard[i]].with_suffix(".truth.jsonl")
         if path not in self._truth:
             self._truth[path] = {}
-            for _, r in read_jsonl(path) if path.exists() else ():
+            for _, _, r in read_jsonl(path) if path.exists() else ():
                 self._truth[path].setdefault(r["key"], [None] * NODES)[r["node"]] = r
         return self._truth[path].get(self.keys[i])
-
-    def _bytes(self, i):
-        shard, offset, size = self.spots[i]
-        with open(shard, "rb") as f:                      # opened anew each time: 10 us, and no handle to share or run out of
-            return os.pread(f.fileno(), size, offset)
 
     def __len__(self):
         return len(self.keys)
 
     def __getitem__(self, i):
-        image = torch.from_numpy(imagecodecs.jpeg8_decode(self._bytes(i))).permute(2, 0, 1)
-        return dict(key=self.keys[i], slide=self.meta[i]["slide"], index=i, image=image, valid=self.valid[i], captions=self.captions[i])
+        image = torch.from_numpy(imagecodecs.jpeg8_decode(self.jpeg(i))).permute(2, 0, 1)
+        return dict(key=self.keys[i], slide=self.slides[i], index=i, image=image, valid=self.valid[i])
 
-def collate(items):
-    """List of ds[i] -> one dict: image uint8 [B,3,8S,8S], valid bool [B,85], index [B]; key, slide and captions as lists."""
-    batch = {k: [item[k] for item in items] for k in items[0]}
-    return dict(batch, image=torch.stack(batch["image"]), valid=torch.stack(batch["valid"]), index=torch.tensor(batch["index"]))
+def _caption_remedy(folder):
+    return f"give each node one (`python text.py import CAPTIONS --shards {folder}`)"
+
+def _index(folder, captions):
+    """Where everything lies in a folder of n bags -> dict of arrays: shards, S, and for each bag keys, slides, shard [n], spot [n,4]
+    (offset and size of its jpg, of its json), levels bool [n,4], tissue [n,85], caption [n,85] (offset of the
+    line, -1 for none)."""
+    shards, path = sorted(folder.glob("bags-*.tar")), folder / "index.npz"
+    if not shards:
+        raise ValueError(f"{folder} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {folder}`")
+    files = shards + [f for s in shards if captions and (f := s.with_suffix(".captions.jsonl")).exists()]
+    stamp = json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    try:
+        with np.load(path) as index:
+            if index["stamp"] == stamp:
+                return dict(index)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):             # none yet, or a damaged one: make it
+        pass
+    columns = {k: [] for k in ("keys", "slides", "shard", "spot", "levels", "tissue", "caption")}
+    S = None
+    for number, shard in enumerate(tqdm(shards, desc="index", unit="shard", disable=None, leave=False)):
+        row, size = _index_shard(shard, number, captions)
+        if size != 8 * (S or size // 8):
+            raise ValueError(f"{shard} holds bags of {size} pixels, those before it {8 * S}: tile each size into its own folder")
+        S = size // 8
+        for k in columns:
+            columns[k].append(row[k])
+    index = dict({k: np.concatenate(v) for k, v in columns.items()}, shards=np.array([s.name for s in shards]), S=S, stamp=stamp)
+    if captions:
+        try:
+            content = io.BytesIO()
+            np.savez(content, **index)
+            _replace(path, content.getvalue())
+        except OSError:                                   # a folder that is only to be read: then it is made at each start
+            pass
+    return index
+
+def _index_shard(shard, number, captions):
+    """-> (the columns of `_index` for one shard, the side of its pictures). ValueError where it is not whole."""
+    keys, slides, spots, levels, tissue = [], [], [], [], []
+    try:
+        with open(shard, "rb") as f, tarfile.open(fileobj=f) as tar:
+            for member in tar:
+                if member.name.endswith(".jpg"):
+                    spots.append([member.offset_data, member.size])
+                elif member.name.endswith(".json"):       # follows its jpg
+                    meta = json.loads(tar.extractfile(member).read())
+                    keys.append(member.name[:-5])
+                    slides.append(meta["slide"])
+                    spots[-1] += [member.offset_data, member.size]
+                    levels.append([mag in meta["levels"] for mag in MAGS])
+                    tissue.append(meta["tissue"])
+            f.seek(-1024, os.SEEK_END)
+            spot = np.array(spots, np.int64).reshape(-1, 4)                 # ValueError where a jpg or json stands alone
+            if f.read() != bytes(1024) or not len(spot):
+                raise ValueError("it does not end as a tar does")
+            f.seek(spot[0, 0])
+            size = Image.open(io.BytesIO(f.read(spot[0, 1]))).width
+    except (ValueError, OSError, KeyError, IndexError, tarfile.TarError) as e:
+        raise ValueError(f"{shard} is truncated or no shard of ours ({e}): delete it and run `python data.py tile` again") from None
+    at = {k: np.full(NODES, -1, np.int64) for k in keys}
+    path = shard.with_suffix(".captions.jsonl")
+    for i, offset, r in read_jsonl(path) if captions and path.exists() else ():
+        try:
+            if r["caption"] and r["key"] in at:
+                at[r["key"]][range(NODES)[r["node"]]] = offset
+        except (KeyError, TypeError, IndexError):
+            raise ValueError(f'{path}:{i}: expected {{"key": ..., "node": 0-84, "caption": ...}}: {_caption_remedy(shard.parent)}') from None
+    columns = dict(keys=np.array(keys), slides=np.array(slides), shard=np.full(len(keys), number), spot=spot, levels=np.array(levels),
+                   tissue=np.array(tissue, np.float32), caption=np.stack(list(at.values())))
+    return columns, size
 
 # ---------------------------------------------------------------- pyramid and augmentation, on any device
 
@@ -312,6 +362,18 @@ def turn(patches, turns):
     patches = torch.where(has(1), patches.flip(-1), patches)
     return torch.where(has(2), patches.flip(-2), patches)
 
+def zoom(images, window):
+    """A square of each bag enlarged to the whole: uint8 [B,3,n,n], window [B,3] -> uint8 [B,3,n,n] (bilinear).
+
+    window: side, top and left as shares of the bag. A square of share s makes 5x to 5x / s and 40x to 40x / s: magnifications
+    between the four, which the paper names as its limitation. Nodes keep their captions: a small zoom shifts them a little."""
+    side, top, left = window.to(images.device).float().unbind(1)
+    zero = torch.zeros_like(side)                         # output -> input coordinates, both from -1 to 1
+    theta = torch.stack([side, zero, 2 * left + side - 1, zero, side, 2 * top + side - 1], 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(theta, images.shape, align_corners=False)
+    near = torch.nn.functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return near.round_().clamp_(0, 255).to(torch.uint8)
+
 # Ruifrok & Johnston 2001: optical density of haematoxylin, eosin and DAB (here a residual) in red, green and blue
 HED = torch.nn.functional.normalize(torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]]))
 
@@ -329,13 +391,13 @@ def stain_jitter(patches, strength=0.05, generator=None):
 
 # ---------------------------------------------------------------- pictures and the command line
 
-def preview(path, out, mpp=None, patch=512, parents=20, min_tissue=0.5, seed=0, px=448):
+def preview(path, out, mpp=None, fov_px=512, parents=20, min_tissue=0.5, seed=0, px=448):
     """One slide as a PNG: its thumbnail with tissue outlined and parents numbered, and beside it one bag walked from its 5x
     patch down to four 40x patches; the yellow frame in each panel is the patch whose children the walk takes next."""
     with Slide(path, mpp) as slide:
-        bags, gap, top = choose_parents(slide, patch, parents, min_tissue, seed), 6, 22
+        bags, gap, top = choose_parents(slide, fov_px, parents, min_tissue, seed), 6, 22
         scale = max(1, round(max(slide.size) / (2 * px + top)))
-        pixels, (mask, step) = thumbnail(slide, scale), tissue_mask(slide, min(8, patch / 16))
+        pixels, (mask, step) = thumbnail(slide, scale), tissue_mask(slide, min(8, fov_px / 16))
         h, w = pixels.shape[:2]
         mask = mask[np.ix_((np.arange(h) * scale // step).clip(max=len(mask) - 1), (np.arange(w) * scale // step).clip(max=mask.shape[1] - 1))]
         edge = mask & ~np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(5))).astype(bool)
@@ -354,7 +416,7 @@ def preview(path, out, mpp=None, patch=512, parents=20, min_tissue=0.5, seed=0, 
         for lev, mag in enumerate(MAGS if shown else ()):
             x, y = w + 2 * gap + lev % 2 * (px + gap), lev // 2 * (px + top) + top
             nodes, tiles = (children(walk[2]), 2) if lev == 3 else (range(NODES)[LEVELS[lev]], 2 ** lev)
-            draw.text((x, y - 17), f"{mag}x: {len(nodes)}{' of 64' * (lev == 3)}, {mpp_of(mag):g} um/px, {patch * mpp_of(mag):g} um wide"
+            draw.text((x, y - 17), f"{mag}x: {len(nodes)}{' of 64' * (lev == 3)}, {mpp_of(mag):g} um/px, {fov_px * mpp_of(mag):g} um wide"
                       + " - not in this slide" * (mag not in slide.mags), "black", font_size=13)
             for n in nodes if mag in slide.mags else ():
                 (_, row, col), cell = place(n), px // tiles
@@ -365,12 +427,16 @@ def preview(path, out, mpp=None, patch=512, parents=20, min_tissue=0.5, seed=0, 
             walk.append(max(children(walk[-1]), key=lambda n: shown[3][n] if n < NODES else 0))    # down where tissue is
     page.save(out)
 
-def inspect(path, mpp=None, patch=512):
-    """Print what a slide holds and which stored level each magnification would be read from."""
+def inspect(path, mpp=None, fov_px=512, brief=False):
+    """Print what a slide holds and which stored level each magnification would be read from; `brief`: on one line."""
     with Slide(path, mpp) as s:
-        page, side = s.pages[0], 8 * round(patch * mpp_of(5) / s.mpp / 8)
-        kind = f"{page.tilewidth} x {page.tilelength} tiles" if page.is_tiled else f"strips of {page.rowsperstrip} rows"
-        print(f"{s.path}\n  {s.size[0]} x {s.size[1]} px, {s.mpp:g} um/px ({s.mpp_source}), {page.compression.name} {kind}")
+        page, side = s.pages[0], 8 * round(fov_px * mpp_of(5) / s.mpp / 8)
+        size = f"{s.size[0]} x {s.size[1]} px, {s.mpp:g} um/px ({s.mpp_source})"
+        doubt = f"; in doubt: {s.doubt}" * bool(s.doubt)
+        if brief:
+            return print(f"{s.name}: {size}, {page.kind}, levels " + " ".join(f"{d:g}" for d, _ in s.levels)
+                         + f", {LEVELS[len(s.mags) - 1].stop} nodes{doubt}")
+        print(f"{s.path}\n  {size}, {page.kind}, tiles of {page.tw} x {page.th} px{doubt}")
         for i, (d, (w, h)) in enumerate(s.levels):
             print(f"  level {i}: {w} x {h}, downsample {d:g}, {s.mpp * d:g} um/px")
         for mag in MAGS:
@@ -380,13 +446,14 @@ def inspect(path, mpp=None, patch=512):
         print(f"  a bag: {LEVELS[len(s.mags) - 1].stop} of {NODES} nodes, {side} px at level 0 ({side * s.mpp:.0f} um) wide")
 
 def main():
-    """The command line; see `python data.py -h`."""
+    """The command line; see `python data.py -h`. Exit code: the number of slides that cannot be used (at most 100)."""
     p = argparse.ArgumentParser(description="Slides -> bags of 85 patches at 5x, 10x, 20x and 40x.")
     sub = p.add_subparsers(dest="command", required=True)
     flags = (("--mpp", str, None, "level-0 microns per pixel, or a CSV of slide,mpp lines; default: what the file says", "itp"),
-             ("--patch", int, 512, "patch side in pixels at its magnification: the field of view", "itp"),
+             ("--fov-px", int, 512, "patch side in pixels at its magnification: the field of view", "itp"),
              ("--parents", int, 20, "most 5x parents per slide", "tp"), ("--seed", int, 0, "which parents are drawn", "tp"),
-             ("--min-tissue", float, 0.5, "least tissue share of a parent", "tp"), ("--size", int, 224, "stored pixels per patch side", "t"),
+             ("--min-tissue", float, 0.5, "least tissue share of a parent", "tp"),
+             ("--patch-px", int, 224, "stored pixels per patch side: what the network sees", "t"),
              ("--workers", int, 1, "processes, a slide each", "t"), ("--quality", int, 90, "JPEG quality of a bag", "t"))
     for name, what in (("inspect", "what a slide holds"), ("tile", "slides -> tar shards"), ("preview", "a slide as a picture")):
         c = sub.add_parser(name, help=what, description=what, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -404,17 +471,19 @@ def main():
     command, paths, mpp = a.pop("command"), find_slides(a.pop("slides")), a.pop("mpp")
     mpps, refused = mpp_table(mpp, [p.name for p in paths]), 0
     if command == "tile":
-        n = tile(paths, mpp=mpps, S=a.pop("size"), **a)
+        n = tile(paths, mpp=mpps, **a)
         print(f"{n['bags']} bags from {n['done'] - n['empty']} of {n['slides']} slides in {a['out']}")
         refused = n["failed"]
     for path in paths if command != "tile" else ():
         try:
-            (inspect if command == "inspect" else preview)(path, mpp=mpps[path.name], **a)
+            brief = dict(brief=True) if command == "inspect" and len(paths) > 1 else {}
+            (inspect if command == "inspect" else preview)(path, mpp=mpps[path.name], **a, **brief)
         except (ValueError, OSError) as e:
             refused += 1
             print(f"refused: {e}")
     if refused:
-        sys.exit(f"error: {refused} of {len(paths)} slides cannot be used, see above")
+        print(f"error: {refused} of {len(paths)} slides cannot be used, see above" + (f" or {a['out']}/failures.jsonl" if command == "tile" else ""), file=sys.stderr)
+        sys.exit(min(refused, 100))
 
 if __name__ == "__main__":
     try:

@@ -174,7 +174,7 @@ def slide_zeroshot(model, tokenizer, bags, feats, train, fact="diagnosis", js=(1
     y = labels_of(bags, feats["index"], fact)
     slides = {}
     for g, i in enumerate(feats["index"]):
-        slides.setdefault(bags.meta[i]["slide"], []).append(g)
+        slides.setdefault(bags.slides[i], []).append(g)
     slides = {s: gs for s, gs in slides.items() if (y[gs] >= 0).any()}
     if not slides:
         return {}
@@ -203,13 +203,13 @@ def slide_zeroshot(model, tokenizer, bags, feats, train, fact="diagnosis", js=(1
 def retrieval(model, tokenizer, bags, feats, most=300, seed=0):
     """Image -> caption and caption -> image among at most `most` patches of one magnification, recall at 1, 5, 10 in each
     direction and their mean. A caption that several patches share is a hit for each of them. Chance is K / candidates."""
-    rng, out = np.random.default_rng(seed), {}
+    rng, out, texts = np.random.default_rng(seed), {}, [bags.captions(i) for i in feats["index"]]
     for lev, mag in enumerate(MAG_NAMES):
-        spots = [(g, n) for g, n in np.argwhere(feats["valid"].numpy() & (LEVEL == lev)) if bags.captions[feats["index"][g]][n]]
+        spots = [(g, n) for g, n in np.argwhere(feats["valid"].numpy() & (LEVEL == lev)) if texts[g][n]]
         if len(spots) < 2:
             continue
         spots = [spots[k] for k in rng.permutation(len(spots))[:most]]
-        captions = [bags.captions[feats["index"][g]][n] for g, n in spots]
+        captions = [texts[g][n] for g, n in spots]
         v = torch.stack([feats["v"][g, n] for g, n in spots])                                            # [R, d]
         t = embed_texts(model, tokenizer, captions)                                                      # [R, d]
         same = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
@@ -231,8 +231,8 @@ def slide_retrieval(bags, feats, gallery_bags, gallery):
         ok = f["valid"].float()[..., None]
         per = [F.normalize((f["v"] * ok)[:, LEVEL == lev].sum(1), dim=-1) for lev in range(4)]           # 4 x [G, d]
         return per + [torch.cat(per, -1)]
-    names = [gallery_bags.meta[i]["slide"] for i in gallery["index"]]
-    own = [bags.meta[i]["slide"] for i in feats["index"]]
+    names = [gallery_bags.slides[i] for i in gallery["index"]]
+    own = [bags.slides[i] for i in feats["index"]]
     out = {"n": len(own), "slides": len(set(names)), "chance": float(np.mean([names.count(s) / len(names) for s in own]))}
     for mag, a, b in zip((*MAG_NAMES, "merged"), bag_vectors(feats), bag_vectors(gallery)):
         out[mag] = float(np.mean([names[int(k)] == s for k, s in zip((a @ b.T).argmax(1), own)]))
@@ -291,13 +291,13 @@ def save_png(image, path):
 
 
 @torch.no_grad()
-def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, patch=64, width=460):
+def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, fov_px=64, width=460):
     """Where on a slide is the text? The thumbnail and, beside it, one map per (query, level 0..3): cosine of every patch of
     every 5x parent with tissue, from the lowest (dark) to the highest (yellow) of the slide."""
     device = next(model.parameters()).device
     t = embed_texts(model, tokenizer, [q for q, _ in queries])
     with data.Slide(slide_path, mpp) as slide:
-        parents = data.choose_parents(slide, patch=patch, parents=10 ** 9, min_tissue=0.1)
+        parents = data.choose_parents(slide, fov_px=fov_px, parents=10 ** 9, min_tissue=0.1)
         if not parents:
             raise ValueError(f"{slide_path} has no 5x parent with tissue: look at it with `python data.py preview`")
         scale = max(1, round(max(slide.size) / width))
@@ -348,7 +348,7 @@ def retrieval_sheet(model, tokenizer, bags, feats, queries, out, best=5, px=72):
             seen, shown = set(), 0
             for flat in order[: 400]:
                 g, n = divmod(int(flat), data.NODES)
-                slide = bags.meta[feats["index"][g]]["slide"]
+                slide = bags.slides[feats["index"][g]]
                 if slide in seen or not (valid[g, n] and LEVEL[n] == lev):
                     continue
                 seen.add(slide)
@@ -417,19 +417,19 @@ def report(run, test, train, device="cpu", only=None, most=300):
         for mag, r in results["retrieval"].items():
             print(f"  {mag:>4}: " + "   ".join(f"{name.replace('_', ' ')} " + " / ".join(f"{r[f'{name}_R@{k}']:.3f}" for k in (1, 5, 10))
                                               for name in ("image_to_text", "text_to_image")) + f"   ({r['n']} candidates, chance R@1 {1 / r['n']:.3f})")
-    shared = {m["slide"] for m in bags.meta} & {m["slide"] for m in train_bags.meta}
+    shared = set(bags.slides) & set(train_bags.slides)
     if shared and wanted("retrieval"):  # only where test bags are held-out parents of training slides
         results["slide_retrieval"] = slide_retrieval(bags, feats, train_bags, embed(model, train_bags, list(range(len(train_bags))), device))
         print("\nwhich slide does a held-out parent come from: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in results["slide_retrieval"].items()))
     if only is None:
-        slide = Path(test).parent / "slides" / Path(test).name / bags.meta[feats["index"][0]]["slide"]  # the built-in world keeps its slides there
+        slide = Path(test).parent / "slides" / Path(test).name / bags.slides[feats["index"][0]]  # the built-in world keeps its slides there
         if labelled and slide.exists():
             truth = {fact: next((r[fact] for r in bags.truth(feats["index"][0]) if r[fact]), None) for fact in FACTS}
             asked = [(text.PROMPTS[fact][name][0], lev) for fact, lev in (("architecture", 0), ("cytology", 2)) if (name := truth[fact])]
-            heatmap(model, tokenizer, slide, asked + [("stroma only", 2)], Path(run) / "heatmap.png", patch=bags.S)
+            heatmap(model, tokenizer, slide, asked + [("stroma only", 2)], Path(run) / "heatmap.png", fov_px=bags.S)
             print(f"wrote {run}/heatmap.png")
         queries = [names[0] for fact in ("architecture", "cytology") for names in text.PROMPTS[fact].values()] if labelled else \
-            sorted({c for captions in bags.captions for c in captions if c})[:9]
+            sorted({c for i in range(len(bags)) for c in bags.captions(i) if c})[:9]
         retrieval_sheet(model, tokenizer, bags, feats, queries, Path(run) / "retrieval.png")
         print(f"\nwrote {run}/results.json, {run}/retrieval.png")
     write_results(run, results)
@@ -450,13 +450,13 @@ def main():
     c.add_argument("query", nargs="+", help="texts, one map each")
     c.add_argument("--level", choices=MAG_NAMES, default="20x", help="magnification of the patches (20x)")
     c.add_argument("--mpp", type=float, help="level-0 microns per pixel where the slide does not say")
-    c.add_argument("--patch", type=int, default=64, help="patch side in pixels at its magnification, as in tiling (64)")
+    c.add_argument("--fov-px", type=int, default=64, help="patch side in pixels at its magnification, as in tiling (64)")
     c.add_argument("--out", default="heatmap.png")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.command == "heatmap":
         model, tokenizer = load_run(args.run, device)
-        heatmap(model, tokenizer, args.slide, [(q, MAG_NAMES.index(args.level)) for q in args.query], args.out, args.mpp, args.patch)
+        heatmap(model, tokenizer, args.slide, [(q, MAG_NAMES.index(args.level)) for q in args.query], args.out, args.mpp, args.fov_px)
         print(f"wrote {args.out}")
     else:
         if not (Path(args.run) / "config.json").exists():

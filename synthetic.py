@@ -86,7 +86,7 @@ DETAIL = {
     "small round": (15, (1.5, 0.2), (0.3, 0.2)),  # dark nuclei
     "vesicular": (18, (0.2, 1.6), (1.3, 0.0)),  # a pink nucleolus in a blue nucleus
     "spindle": (18, (0.5, 1.9), (0.5, 0.0)),  # pink fibrils
-    "signet ring": (26, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
+    "signet ring": (24, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
 }
 
 
@@ -358,7 +358,7 @@ def paint(rng, truth, size, tissue=None):
 # slides: real files
 
 
-def write_slide(path, seed, index, size=2048):
+def write_slide(path, seed, index, size=2048, tile=TILE):
     """Paint slide `index` and write it as a pyramidal Aperio-style SVS, with `STEM.truth.npz` beside it.
 
     size: side in level-0 pixels, a multiple of 256. Levels are reduced 1, 4 and 16 times by area averaging. The truth
@@ -375,16 +375,16 @@ def write_slide(path, seed, index, size=2048):
     made = {"seed": seed, "index": index, "size": size, **truth}
     maps = {"tissue": tissue, "tumour": tumour}
     atomically(path.with_suffix(".truth.npz"), lambda f: np.savez_compressed(f, facts=json.dumps(made), **maps))
-    atomically(path, lambda f: write_svs(f, image))
+    atomically(path, lambda f: write_svs(f, image, tile))
 
 
-def write_svs(file, image):
+def write_svs(file, image, tile=TILE):
     """Write image uint8 [H, W, 3] to an open file as Aperio does: baseline, stripped thumbnail, then the lower levels."""
     height, width = image.shape[:2]
-    head = f"Aperio Image Library v12.0.0 \r\n{width}x{height} [0,0 {width}x{height}] (256x256)"
+    head = f"Aperio Image Library v12.0.0 \r\n{width}x{height} [0,0 {width}x{height}] ({tile}x{tile})"
     tail = "JPEG/RGB Q=85|AppMag = 40|MPP = 0.25"
     jpeg = dict(photometric="rgb", compression="jpeg", compressionargs={"level": 85}, metadata=None, maxworkers=1)
-    tiles = dict(tile=(TILE, TILE), **jpeg)
+    tiles = dict(tile=(tile, tile), **jpeg)
     levels = [image] + [np.asarray(Image.fromarray(image).reduce(k)) for k in (4, 16)]
     with tifffile.TiffWriter(file) as tiff:
         tiff.write(image, description=f"{head} {tail}", **tiles)

@@ -63,6 +63,7 @@ class Config:
     pairs: float = 0.5             # (patch, caption) pairs per bag that ITM, MLM and PLM read, spread over magnifications
     keywords: int = 48             # at most this many keywords in a textual bag
     jitter: float = 0.2            # stain augmentation: relative change of haematoxylin and eosin
+    scale_jitter: float = 0.0      # enlarge a random square of the bag, its side 1 - this at least: magnifications between the four
     workers: int = 1               # loader processes
     # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper
     itc: float = 1.0               # weight of image-text contrast; 0 removes a loss and its cost
@@ -142,6 +143,8 @@ def check(cfg):
         raise ValueError(f'--negatives is "bag" or "batch", not {cfg.negatives!r}')
     if cfg.clip_weights and not cfg.tokenizer:
         raise ValueError("--clip_weights needs --tokenizer bpe_simple_vocab_16e6.txt.gz: the weights know only CLIP's own ids")
+    if not 0 <= cfg.scale_jitter < 1:
+        raise ValueError(f"--scale_jitter is a share of the side of a bag, at least 0 and less than 1, not {cfg.scale_jitter}")
     if min(cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every, cfg.save_every) < 1:
         raise ValueError("--steps, --bags, --accumulate, --k_o, --keywords, --log_every and --save_every must be at least 1")
     return cfg
@@ -157,8 +160,13 @@ def make_world(folder, train=300, test=60, size=1024):
     for split, first, count in (("train", 0, train), ("test", train, test)):
         slides, shards = Path(folder) / "slides" / split, Path(folder) / split
         paths = synthetic.make_slides(slides, count, seed=0, first=first, size=size)
-        data.tile(paths, shards, S=64, patch=64, seed=0, workers=2)
+        data.tile(paths, shards, patch_px=64, fov_px=64, seed=0, workers=2)
         synthetic.describe(shards, slides, seed=0)
+
+
+def cut(images, nodes, window):
+    """Bags uint8 [B,3,8S,8S] -> the patches of `nodes` [B,N], in the `window` [B,3] of each bag or [B,0] for all of it: float [B,N,3,S,S]."""
+    return data.pyramid(data.zoom(images, window) if window.shape[1] else images, nodes=nodes)
 
 
 class Batches(Dataset):
@@ -178,12 +186,12 @@ class Batches(Dataset):
         nodes = data.sample_nodes(B, cfg.children, g)                                  # [B, N]
         turns = torch.randint(0, 8, (B,), generator=g)
         valid = torch.stack([item["valid"] for item in items]).gather(1, nodes)        # [B, N]
-        captions = [[item["captions"][n] or "" for n in row] for item, row in zip(items, nodes.tolist())]
+        captions = [[c or "" for c in self.bags.captions(item["index"], row)] for item, row in zip(items, nodes.tolist())]
         words, own, w_valid = [], torch.zeros(B, nodes.shape[1], cfg.keywords, dtype=torch.bool), torch.zeros(B, cfg.keywords, dtype=torch.bool)
         for j, item in enumerate(items):
             key = item["index"]
             if key not in self.textual_bag:
-                self.textual_bag[key] = text.keyword_bag(item["captions"], cfg.keywords)
+                self.textual_bag[key] = text.keyword_bag(self.bags.captions(key), cfg.keywords)
             words.append(self.textual_bag[key])
             own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
             w_valid[j, : len(words[j])] = True
@@ -193,11 +201,15 @@ class Batches(Dataset):
         real = torch.arange(len(unique) + -len(unique) % 64) < len(unique)             # [U]
         unique += [""] * (len(real) - len(unique))                                     # few distinct shapes for the compiler
         encode = lambda texts: text.trim(self.tokenizer.batch(texts, self.context), self.tokenizer.end)
+        window = torch.empty(B, 0)
+        if cfg.scale_jitter:
+            side = 1 - cfg.scale_jitter * torch.rand(B, 1, generator=g)
+            window = torch.cat([side, (1 - side) * torch.rand(B, 2, generator=g)], 1)  # [B, 3]
         if cfg.device == "cuda":  # bytes travel, the GPU cuts
             pixels = torch.stack([item["image"] for item in items])                    # [B, 3, 8S, 8S]
         else:                     # on a CPU each image is cut while it is still in the cache
-            pixels = torch.cat([data.pyramid(item["image"][None], nodes=n[None]) for item, n in zip(items, nodes)])      # [B, N, 3, S, S]
-        return {"pixels": pixels, "turns": turns, "nodes": nodes, "valid": valid,
+            pixels = torch.cat([cut(item["image"][None], n[None], w[None]) for item, n, w in zip(items, nodes, window)])     # [B, N, 3, S, S]
+        return {"pixels": pixels, "turns": turns, "nodes": nodes, "window": window, "valid": valid,
                 "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
                 "keywords": encode(unique), "real": real, "bag_of": bag_of, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g)}
 
@@ -335,8 +347,8 @@ def learn_words(model, bags, tokenizer, cfg, context):
     kinds the images cannot tell apart yet become one in the text too, and then no gradient is left to part them (dev/LOG.md).
     Every process does the same: no gradients are exchanged."""
     of_slide = {}
-    for i, meta in enumerate(bags.meta):
-        of_slide.setdefault(meta["slide"], []).append(i)
+    for i, slide in enumerate(bags.slides):
+        of_slide.setdefault(slide, []).append(i)
     rng, slides, levels = np.random.default_rng(cfg.seed), list(of_slide.values()), np.split(np.arange(85), [1, 5, 21])
     if len(slides) < 2:
         return
@@ -348,7 +360,7 @@ def learn_words(model, bags, tokenizer, cfg, context):
             for nodes in levels:
                 for side, i in zip(pair, rng.choice(slides[slide], 2)):
                     there = [n for n in nodes if bags.valid[i][n]] or [0]
-                    side.append(bags.captions[i][rng.choice(there)] or "")
+                    side.append(bags.captions(i, [rng.choice(there)])[0] or "")
         ids = text.trim(tokenizer.batch(pair[0] + pair[1], context), tokenizer.end).to(model.proj.weight.device)
         a, b = F.normalize(model.text(ids)[1].float(), dim=-1).chunk(2)                # [M, d] each
         logits, own = a @ b.T / 0.07, torch.arange(len(a), device=a.device)            # [M, M]
@@ -432,7 +444,7 @@ def main(argv):
         if cfg.tokenizer:
             tokenizer = text.Tokenizer.from_clip(cfg.tokenizer)
         else:  # 5,000 bags of captions are plenty to learn merges from
-            tokenizer = text.Tokenizer.train((c for captions in bags.captions[:5000] for c in captions if c), cfg.vocab)
+            tokenizer = text.Tokenizer.train((c for i in range(min(5000, len(bags))) for c in bags.captions(i) if c), cfg.vocab)
         tokenizer.save(run / "tokenizer.json")
     if distributed:
         dist.barrier()
@@ -442,7 +454,7 @@ def main(argv):
     # Model, optimiser, checkpoint.
     model = build_model(cfg, tokenizer).to(device)
     if model.vision.size != bags.S:
-        raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --size {model.vision.size}")
+        raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --patch-px {model.vision.size}")
     if cfg.freeze_vision:
         model.vision.requires_grad_(False)
         if device == "cuda":
@@ -497,7 +509,7 @@ def main(argv):
             batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
             torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)  # masks, negatives, stains: a function of the step
             pixels = batch["pixels"]
-            patches = pixels if pixels.dim() == 5 else data.pyramid(pixels, nodes=batch["nodes"])       # [B, N, 3, S, S]
+            patches = pixels if pixels.dim() == 5 else cut(pixels, batch["nodes"], batch["window"])     # [B, N, 3, S, S]
             patches = data.turn(patches, batch["turns"])
             if cfg.jitter:
                 patches = data.stain_jitter(patches, cfg.jitter)

@@ -2,7 +2,7 @@
 Does the built-in world need two magnifications? A small supervised network per magnification and fact answers.
 
     python synthetic.py data/slides --slides 200 --seed 0
-    python data.py tile data/slides --out data/bags --size 64 --patch 64
+    python data.py tile data/slides --out data/bags --patch-px 64 --fov-px 64
     python -c "import synthetic; synthetic.describe('data/bags', 'data/slides', 0)"
     python dev/leaks.py data/bags                                          a few minutes on two cores
 

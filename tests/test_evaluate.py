@@ -47,9 +47,11 @@ class Bags:
     """The two things a protocol asks of a data set."""
 
     def __init__(self, slides, facts):
-        self.meta = [{"slide": s} for s in slides]
+        self.slides = slides
         self.facts = facts
-        self.captions = [[f"patch {i} {n}" for n in range(85)] for i in range(len(slides))]
+
+    def captions(self, i):
+        return [f"patch {i} {n}" for n in range(85)]
 
     def truth(self, i):
         return [self.facts[i]] * 85

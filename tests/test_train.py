@@ -57,7 +57,7 @@ def test_schedule_by_hand():
 def test_batches_depend_on_the_step_alone_and_cover_an_epoch(world):
     cfg = train.parse(["--bags", "4"])
     bags = train.data.BagDataset(world / "train")
-    tokenizer = train.text.Tokenizer.train([c for cs in bags.captions for c in cs if c], 600)
+    tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
     one, again = train.Batches(bags, tokenizer, cfg, 64)[3], train.Batches(bags, tokenizer, cfg, 64)[3]
     assert all(torch.equal(one[k], again[k]) for k in one)
     halves = [train.Batches(bags, tokenizer, cfg, 64, rank, 2) for rank in (0, 1)]
@@ -69,10 +69,28 @@ def test_batches_depend_on_the_step_alone_and_cover_an_epoch(world):
     assert words[one["bag_of"][b, k]].split()[0][:4] in tokenizer.decode(one["ids"][b, n].tolist())
 
 
+def test_scale_jitter_enlarges_squares_of_a_bag(world):
+    bags = train.data.BagDataset(world / "train")
+    tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
+    plain, again, zoomed = (train.Batches(bags, tokenizer, train.parse(["--bags", "4", "--scale_jitter", s]), 64)[3] for s in ("0", "0", "0.5"))
+    assert torch.equal(plain["pixels"], again["pixels"]) and plain["window"].shape == (4, 0)
+    side, corner = zoomed["window"][:, :1], zoomed["window"][:, 1:]
+    assert (side >= 0.5).all() and (side < 1).all() and (corner >= 0).all() and (corner + side <= 1).all()
+    assert zoomed["pixels"].shape == plain["pixels"].shape and not torch.equal(zoomed["pixels"], plain["pixels"])
+    b = int(side.argmin())  # the enlarged parent is that square of the bag
+    i = train.Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)._at(3 * 4 + b)
+    n, image = 8 * bags.S, bags[i]["image"].float()
+    s, y, x = (int(round(v * n)) for v in zoomed["window"][b].tolist())
+    want = torch.nn.functional.interpolate(image[None, :, y:y + s, x:x + s], size=(bags.S, bags.S), mode="area")[0] / 255
+    assert (zoomed["pixels"][b, 0] - want).abs().mean() < 0.02 < (plain["pixels"][b, 0] - want).abs().mean()
+    with pytest.raises(ValueError, match="scale_jitter"):
+        train.parse(["--scale_jitter", "1"])
+
+
 def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
     cfg = train.parse(["--bags", "4", "--cvta", "0"])
     bags = train.data.BagDataset(world / "train")
-    tokenizer = train.text.Tokenizer.train([c for cs in bags.captions for c in cs if c], 600)
+    tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
     batch = train.Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)[0]
     patches = batch["pixels"]  # the CPU loader has cut them
     parts, _ = train.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch, True)
@@ -91,7 +109,7 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
 def test_words_first_learn_which_words_mean_the_same():
     pairs = ["gland acinus", "nest island", "cord trabecula", "papilla frond", "sheet diffuse", "spindle fascicle", "mucin vacuole", "fat adipose"]
     captions = [[f"the image shows {p.split()[(n + i) % 2]}" for n in range(85)] for p in pairs for i in range(2)]  # never both words in one caption
-    bags = types.SimpleNamespace(meta=[{"slide": str(i // 2)} for i in range(16)], captions=captions, valid=[torch.ones(85, dtype=torch.bool)] * 16)
+    bags = types.SimpleNamespace(slides=[str(i // 2) for i in range(16)], captions=lambda i, nodes: [captions[i][n] for n in nodes], valid=[torch.ones(85, dtype=torch.bool)] * 16)
     tokenizer = train.text.Tokenizer.train(captions[0] + captions[5], 300)
     cfg = train.parse(["--words", "120"])
 
