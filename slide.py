@@ -6,7 +6,7 @@ side are level-0 pixels. data.py makes bags of what this file reads; `from data 
 
 Outline: the formats (each becomes a list of Pages) | Slide | resize, thumbnail | tissue | the tree of 85 nodes | which parents
 """
-import io, itertools, logging, math, os, re, threading, zlib
+import io, itertools, logging, math, os, re, sys, threading, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +172,7 @@ class Slide:
         # 40x needs 0.3 um/px or finer, 20x 0.6, ...: what scanners call 40x spreads over 0.2-0.28, their 20x over 0.45-0.55
         self.mags = tuple(m for m in MAGS if self.mpp < 1.2 * mpp_of(m))
         self.threads, self.pool = threads or min(8, os.cpu_count() or 1), None
-        self.keep, self.kept, self.lock = keep, {}, threading.Lock()
+        self.keep, self.kept, self.canvas, self.lock = keep, {}, None, threading.Lock()
 
     def _scale(self, given, says, app):
         """-> mpp, where it comes from, and a doubt. Order: --mpp, the vendor's own field, TIFF resolution; nothing is guessed."""
@@ -197,7 +197,7 @@ class Slide:
         x, y, n = round(x / d), round(y / d), max(1, round(side / d))
         top, left = max(0, y // page.th), max(0, x // page.tw)
         bottom, right = -(-min(y + n, page.h) // page.th), -(-min(x + n, page.w) // page.tw)
-        canvas, across = np.empty((n, n, 3), np.uint8), -(-page.w // page.tw)
+        canvas, across = self._blank(n), -(-page.w // page.tw)
         if x < 0 or y < 0 or x + n > page.w or y + n > page.h:
             canvas.fill(255)
 
@@ -219,6 +219,13 @@ class Slide:
         else:
             list(map(paste, rows))
         return resize(canvas, out)
+
+    def _blank(self, n):
+        """A canvas of n x n pixels: the last one when nobody else holds it any more. Fresh memory costs a fifth of decoding, and
+        the threads wait for each other to get it."""
+        if self.canvas is None or len(self.canvas) != n or sys.getrefcount(self.canvas) > 2:       # ours and this call's
+            self.canvas = np.empty((n, n, 3), np.uint8)
+        return self.canvas
 
     def _remember(self, key, tile):
         page = self.pages[key[0]]
