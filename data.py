@@ -12,19 +12,19 @@ takes 20 such parents from each of 20,000 slides: 34 million patches of 512 x 51
    something else in every file (40x, 10x, 2.5x from one scanner; 20x, 10x, 5x from another).
 
 Slides are read by slide.py, which also knows the tree and chooses the parents. Outline: tiling into tar shards | BagDataset | pyramid
-and augmentation | pictures and the command line. Shape letters: B bags, N nodes, S pixels per patch side. x, y, side are level-0 pixels of the slide.
+and augmentation | the command line. Shape letters: B bags, N nodes, S pixels per patch side. x, y, side are level-0 pixels of the slide.
 """
-import argparse, contextlib, difflib, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile, zipfile
+import argparse, contextlib, csv, difflib, fcntl, hashlib, io, json, multiprocessing, os, re, signal, sys, tarfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import imagecodecs, numpy as np, torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from tqdm import tqdm
 
-from slide import (LEVELS, MAGS, NODES, PICTURES, SUFFIXES, Slide, children, choose_parents, level, mpp_of, parent, place, resize, square,
-                   thumbnail, tissue_fraction, tissue_mask)
+from slide import (LEVELS, MAGS, NODES, PICTURES, SUFFIXES, Slide, children, choose_parents, inspect, level, mpp_of, parent, place, preview,
+                   resize, square, thumbnail, tissue_fraction, tissue_mask)
 
 # ---------------------------------------------------------------- tiling: slides -> tar shards
 
@@ -53,21 +53,35 @@ def mpp_table(mpp, names):
     except (TypeError, ValueError):
         if not isinstance(mpp, dict) and not Path(mpp).is_file():
             raise ValueError(f"--mpp {mpp} is neither a number nor a file: give microns per pixel or a CSV of slide,mpp") from None
-        lines = [] if isinstance(mpp, dict) else Path(mpp).read_text().splitlines()
-    table = dict(mpp) if isinstance(mpp, dict) else {}
-    for i, line in enumerate(lines, 1):
-        try:
-            name, value = line.split(",")
-            table[name.strip()] = float(value)
-        except ValueError:
-            if line.strip() and i > 1:                    # line 1 may be a heading
-                raise ValueError(f"{mpp}:{i}: expected slide,mpp and found {line.strip()!r}") from None
+    if isinstance(mpp, dict):
+        return {n: mpp.get(n) for n in names}
+    table = {}
+    try:
+        for i, row in enumerate(csv.reader(Path(mpp).read_text(encoding="utf-8-sig").splitlines()), 1):
+            try:
+                name, value = row
+                table[name.strip()] = float(value)
+            except ValueError:
+                if row and not (i == 1 and len(row) == 2):                  # line 1 may be a heading
+                    raise ValueError(f"{mpp}:{i}: expected slide,mpp and found {','.join(row)!r}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{mpp} is not a text file in UTF-8: save it as plain CSV") from None
+    if not set(table) & set(names):
+        raise ValueError(f"{mpp} names none of the slides (the first is {next(iter(names), None)}): give lines of file name,mpp")
     return {n: table.get(n) for n in names}
+
+def check(**settings):
+    """Refuse settings that cannot work, in one sentence."""
+    for name, least, most in (("patch_px", 1, 4096), ("fov_px", 16, 65536), ("parents", 1, 10 ** 9), ("seed", 0, 2 ** 32), ("quality", 1, 100), ("min_tissue", 0, 1)):
+        if name in settings and not least <= settings[name] <= most:
+            raise ValueError(f"{name} is {settings[name]}, which is not between {least} and {most:g}: choose another value")
 
 def _tile_slide(job):
     """Write one slide's shard and its row of slides.jsonl -> the row, or the sentence that says why not."""
-    path, key, shard, mpp, threads, settings = job
-    temp = shard.with_suffix(".tar.tmp")
+    path, key, shard, mpp, threads, settings, boss = job
+    if os.getpid() != boss and os.getppid() != boss:      # who asked was killed: the next run has begun this slide anew
+        os._exit(1)
+    temp = shard.with_suffix(f".tar.{os.getpid()}.tmp")
     try:
         with Slide(path, mpp, threads) as slide:
             bags = choose_parents(slide, *(settings[k] for k in ("fov_px", "parents", "min_tissue", "seed")))
@@ -83,7 +97,7 @@ def _tile_slide(job):
                         tar.addfile(info, io.BytesIO(data))
         if bags:
             os.replace(temp, shard)
-        row = dict(slide=slide.name, shard=shard.name if bags else None, bags=len(bags), mpp=slide.mpp, doubt=slide.doubt, settings=settings)
+        row = dict(slide=slide.name, shard=shard.name, bags=len(bags), mpp=slide.mpp, doubt=slide.doubt, settings=settings)
         with open(shard.parent / "slides.jsonl", "a") as f:                 # after the shard: a row is a promise
             f.write(json.dumps(row) + "\n")
         return row
@@ -94,6 +108,34 @@ def _tile_slide(job):
     finally:
         temp.unlink(missing_ok=True)
 
+def _finished(out, mpps, settings):
+    """Mend what a crash left in `out` -> the rows of slides.jsonl that hold, by slide. ValueError where `out` is for something else."""
+    table, failures = out / "slides.jsonl", out / "failures.jsonl"
+    rows = _whole_rows(table, "slide", "shard", "bags", "mpp", "settings")
+    if table.exists() and not table.read_bytes().endswith(b"\n"):           # the last row was cut off: the next starts a new line
+        _replace(table, "".join(json.dumps(row) + "\n" for row in rows))
+    done = {row["slide"]: row for row in rows if not row["bags"] or (out / row["shard"]).exists()}
+    for name, row in done.items():
+        old, new = dict(row["settings"], mpp=row["mpp"]), dict(settings, mpp=mpps.get(name) or row["mpp"])
+        if old != new:
+            changed = ", ".join(f"{k} {old.get(k)} is now {new[k]}" for k in new if old.get(k) != new[k])
+            raise ValueError(f"{out} holds {name} tiled with other settings ({changed}): repeat those or choose another --out")
+    for stale in out.glob("bags-*.tar*.tmp"):
+        stale.unlink()
+    ours = {row["shard"] for row in done.values()}
+    for shard in (s for s in sorted(out.glob("bags-*.tar")) if s.name not in ours):        # written, but killed before its row was
+        try:
+            with tarfile.open(shard) as tar:
+                slide = next(json.loads(tar.extractfile(m).read())["slide"] for m in tar if m.name.endswith(".json"))
+        except Exception:
+            slide = None
+        if slide not in mpps or slide in done:
+            raise ValueError(f"{shard} is in no row of {table}, which this command would write anew: move it or choose another --out")
+        shard.unlink()
+    old = [row for row in _whole_rows(failures, "slide", "reason") if row["slide"] not in mpps]             # the others are tried again
+    _replace(failures, "".join(json.dumps(row) + "\n" for row in old))
+    return done
+
 def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5, mpp=None, seed=0, workers=1, quality=90):
     """Slides (files or folders) -> one tar shard each in folder `out`, finished ones skipped: the same call continues a
     stopped one. fov_px: the paper's pixels per patch at its magnification, which sets the field of view. patch_px: the stored
@@ -103,33 +145,35 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5, mpp=
     paths, out = find_slides(slides), Path(out)
     mpps = mpp_table(mpp, [p.name for p in paths])
     settings = dict(patch_px=patch_px, fov_px=fov_px, parents=parents, min_tissue=min_tissue, seed=seed, quality=quality)
-    for name, least in (("patch_px", 1), ("fov_px", 16), ("parents", 1), ("seed", 0), ("quality", 1)):
-        if settings[name] < least:
-            raise ValueError(f"{name} is {settings[name]}, which is less than {least}: choose another value")
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("bags-*.tar.tmp"):
-        stale.unlink()
-    table, failures = out / "slides.jsonl", out / "failures.jsonl"
-    if table.exists() and not table.read_bytes().endswith(b"\n"):           # a crash cut the last row off: the next starts a new line
-        _replace(table, "".join(json.dumps(row) + "\n" for row in _whole_rows(table)))
-    done = {row["slide"]: row for row in _whole_rows(table) if not row["shard"] or (out / row["shard"]).exists()}
-    for name, row in done.items():
-        old, new = dict(row["settings"], mpp=row["mpp"]), dict(settings, mpp=mpps.get(name) or row["mpp"])
-        if old != new:
-            changed = ", ".join(f"{k} {old.get(k)} is now {new[k]}" for k in new if old.get(k) != new[k])
-            raise ValueError(f"{out} holds {name} tiled with other settings ({changed}): repeat those or choose another --out")
-    old = [row for row in _whole_rows(failures) if row["slide"] not in mpps]               # those of this call are tried again
-    _replace(failures, "".join(json.dumps(row) + "\n" for row in old))
-    # shard numbers go to slides in order of name before any work starts: neither workers nor interruptions change them
-    taken, stems, jobs = {row["shard"] for row in done.values()}, {Path(name).stem for name in done}, []
-    free = (shard for i in range(10 ** 6) if (shard := out / f"bags-{i:06d}.tar").name not in taken)
-    for p in (p for p in paths if p.name not in done):
-        key = re.sub(r"[^\w-]", "_", p.stem)              # no dot: tar readers group a bag's files by the name up to the first
-        if key != p.stem or key in stems:                 # then another slide may come to the same key
-            key += "-" + hashlib.sha1(p.name.encode()).hexdigest()[:8]
-        stems.add(p.stem)
-        jobs.append((p, key, next(free), mpps[p.name], max(1, (os.cpu_count() or 1) // max(1, workers)), settings))
-    pool, bar, failed = None, tqdm(total=len(paths), initial=len(paths) - len(jobs), unit="slide", disable=None), 0
+    check(**settings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as e:
+        raise ValueError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
+    with lock:                                            # held until closed, by us or by our end
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another `data.py tile` is writing to {out}: wait for it, give it more --workers, or choose another --out") from None
+        done = _finished(out, mpps, settings)
+        # shard numbers go to slides in order of name before any work starts: neither workers nor interruptions change them
+        taken, stems, jobs = {row["shard"] for row in done.values()}, {Path(name).stem for name in done}, []
+        free = (shard for i in range(10 ** 6) if (shard := out / f"bags-{i:06d}.tar").name not in taken)
+        for p in (p for p in paths if p.name not in done):
+            key = re.sub(r"[^\w-]", "_", p.stem)          # no dot: tar readers group a bag's files by the name up to the first
+            if key != p.stem or key in stems:             # then another slide may come to the same key
+                key += "-" + hashlib.sha1(os.fsencode(p.name)).hexdigest()[:8]
+            stems.add(p.stem)
+            jobs.append((p, key, next(free), mpps[p.name], max(1, (os.cpu_count() or 1) // max(1, workers)), settings, os.getpid()))
+        failed = _work(jobs, out, workers, len(paths))
+    rows = {row["slide"]: row for row in _whole_rows(out / "slides.jsonl", "slide", "bags") if row["slide"] in mpps}.values()
+    return dict(slides=len(paths), done=len(rows), bags=sum(r["bags"] for r in rows), empty=sum(not r["bags"] for r in rows),
+                failed=failed)
+
+def _work(jobs, out, workers, total):
+    """Do the jobs, in processes if there are several workers, with a progress bar -> how many failed."""
+    pool, bar, failed = None, tqdm(total=total, initial=total - len(jobs), unit="slide", disable=None), 0
     say = lambda sentence: bar.write(sentence, file=sys.stderr)
     try:
         if workers > 1 and len(jobs) > 1:                 # spawn, because a fork of a process that has run torch may hang
@@ -137,36 +181,33 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5, mpp=
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
             results = pool.map(_tile_slide, jobs)
             signal.signal(signal.SIGINT, handler)
-        for job, row in zip(jobs, results if pool else map(_tile_slide, jobs)):
+        for (path, *_, settings, _), row in zip(jobs, results if pool else map(_tile_slide, jobs)):
             bar.update()
             if isinstance(row, str):
                 failed += 1
                 say(f"left out: {row}")
-                with contextlib.suppress(OSError), open(failures, "a") as f:               # a full disk takes no more words
-                    f.write(json.dumps(dict(slide=job[0].name, reason=row)) + "\n")
+                with contextlib.suppress(OSError), open(out / "failures.jsonl", "a") as f:   # a full disk takes no more words
+                    f.write(json.dumps(dict(slide=path.name, reason=row)) + "\n")
             elif not row["bags"]:
-                say(f"no parent: {job[0]} has no square of {fov_px} pixels at 5x with {min_tissue:.0%} tissue")
+                say(f"no parent: {path} has no square of {settings['fov_px']} pixels at 5x with {settings['min_tissue']:.0%} tissue")
             elif row["doubt"]:
-                say(f"in doubt: {job[0]}: {row['doubt']}; tiled with the former")
+                say(f"in doubt: {path}: {row['doubt']}; tiled with the former")
     except BrokenProcessPool:
         raise ValueError(f"a worker of {workers} was killed, most often because memory ran out: use fewer --workers; finished slides are kept") from None
     finally:
         bar.close()
         if pool:
             pool.shutdown(cancel_futures=True)
-    rows = [row for row in _whole_rows(table) if row["slide"] in mpps]
-    rows = {row["slide"]: row for row in rows}.values()   # the last of a slide that was tiled again
-    return dict(slides=len(paths), done=len(rows), bags=sum(r["bags"] for r in rows), empty=sum(not r["bags"] for r in rows),
-                failed=failed)
+    return failed
 
-def _whole_rows(path):
-    """The records of a JSON-lines file of ours, less any that a crash or a full disk cut off: what it told of is not done."""
+def _whole_rows(path, *keys):
+    """The records of a JSON-lines file of ours that have `keys`, less any that a crash or a full disk cut off: what it told of is
+    not done."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and all(k in row for k in keys) else []
     return rows
 
 def _replace(path, content):
@@ -263,7 +304,7 @@ def _index(folder, captions):
         with np.load(path) as index:
             if index["stamp"] == stamp:
                 return dict(index)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):             # none yet, or a damaged one: make it
+    except Exception:                                     # none yet, or a damaged one, for which NumPy has many words: make it
         pass
     columns = {k: [] for k in ("keys", "slides", "shard", "spot", "levels", "tissue", "caption")}
     S = None
@@ -300,24 +341,28 @@ def _index_shard(shard, number, captions):
                     levels.append([mag in meta["levels"] for mag in MAGS])
                     tissue.append(meta["tissue"])
             f.seek(-1024, os.SEEK_END)
-            spot = np.array(spots, np.int64).reshape(-1, 4)                 # ValueError where a jpg or json stands alone
-            if f.read() != bytes(1024) or not len(spot):
+            if f.read() != bytes(1024):
                 raise ValueError("it does not end as a tar does")
+            spot = np.array(spots, np.int64).reshape(-1, 4)                 # ValueError where a jpg or json stands alone
+            columns = dict(keys=np.array(keys), slides=np.array(slides), shard=np.full(len(keys), number), spot=spot,
+                           levels=np.array(levels).reshape(-1, len(MAGS)), tissue=np.array(tissue, np.float32).reshape(-1, NODES))
+            if not len(keys) == len(set(keys)) == len(spot) == len(columns["tissue"]) > 0:
+                raise ValueError("it does not hold bags of 85 nodes")
             f.seek(spot[0, 0])
             size = Image.open(io.BytesIO(f.read(spot[0, 1]))).width
-    except (ValueError, OSError, KeyError, IndexError, tarfile.TarError) as e:
+    except (ValueError, TypeError, OSError, KeyError, IndexError, tarfile.TarError) as e:
         raise ValueError(f"{shard} is truncated or no shard of ours ({e}): delete it and run `python data.py tile` again") from None
     at = {k: np.full(NODES, -1, np.int64) for k in keys}
     path = shard.with_suffix(".captions.jsonl")
     for i, offset, r in read_jsonl(path) if captions and path.exists() else ():
         try:
-            if r["caption"] and r["key"] in at:
-                at[r["key"]][range(NODES)[r["node"]]] = offset
-        except (KeyError, TypeError, IndexError):
+            if type(r["node"]) is not int or not 0 <= r["node"] < NODES or not isinstance(r["caption"], str):
+                raise KeyError
+            if r["caption"] and r["key"] in at:           # of two captions of a node the last counts
+                at[r["key"]][r["node"]] = offset
+        except (KeyError, TypeError):
             raise ValueError(f'{path}:{i}: expected {{"key": ..., "node": 0-84, "caption": ...}}: {_caption_remedy(shard.parent)}') from None
-    columns = dict(keys=np.array(keys), slides=np.array(slides), shard=np.full(len(keys), number), spot=spot, levels=np.array(levels),
-                   tissue=np.array(tissue, np.float32), caption=np.stack(list(at.values())))
-    return columns, size
+    return dict(columns, caption=np.stack(list(at.values()))), size
 
 # ---------------------------------------------------------------- pyramid and augmentation, on any device
 
@@ -395,61 +440,7 @@ def stain_jitter(patches, strength=0.05, generator=None):
     density = torch.einsum("b...chw,bcd->b...dhw", -patches.clamp(1 / 255, 1).log(), matrix)
     return (-density - (offset @ hed).view(B, *[1] * (patches.dim() - 4), 3, 1, 1)).exp().clamp(0, 1)
 
-# ---------------------------------------------------------------- pictures and the command line
-
-def preview(path, out, mpp=None, fov_px=512, parents=20, min_tissue=0.5, seed=0, px=448):
-    """One slide as a PNG: its thumbnail with tissue outlined and parents numbered, and beside it one bag walked from its 5x
-    patch down to four 40x patches; the yellow frame in each panel is the patch whose children the walk takes next."""
-    with Slide(path, mpp) as slide:
-        bags, gap, top = choose_parents(slide, fov_px, parents, min_tissue, seed), 6, 22
-        scale = max(1, round(max(slide.size) / (2 * px + top)))
-        pixels, (mask, step) = thumbnail(slide, scale), tissue_mask(slide, min(8, fov_px / 16))
-        h, w = pixels.shape[:2]
-        mask = mask[np.ix_((np.arange(h) * scale // step).clip(max=len(mask) - 1), (np.arange(w) * scale // step).clip(max=mask.shape[1] - 1))]
-        edge = mask & ~np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(5))).astype(bool)
-        pixels[~mask] = pixels[~mask] * 0.75 + 0.25 * 60                                     # glass is dimmed
-        pixels[edge] = 0, 140, 60
-        page = Image.new("RGB", (w + bool(bags) * (2 * px + 3 * gap), max(h, 2 * px + top) + top), "white")
-        page.paste(Image.fromarray(pixels), (0, top))
-        draw = ImageDraw.Draw(page)
-        draw.text((4, 5), f"{slide.name}   {slide.mpp:g} um/px ({slide.mpp_source})   {len(bags)} parents", "black", font_size=13)
-        shown = max(bags, key=lambda bag: bag[3][0], default=None)
-        for i, (x, y, side, _) in enumerate(bags):
-            x, y, x1, y1 = x // scale, y // scale + top, (x + side) // scale, (y + side) // scale + top
-            draw.rectangle([x, y, x1, y1], outline="orange" if bags[i] is shown else "mediumblue", width=3)
-            draw.text((x + 7, y + 5), str(i), "black", font_size=16)
-        walk = [0]
-        for lev, mag in enumerate(MAGS if shown else ()):
-            x, y = w + 2 * gap + lev % 2 * (px + gap), lev // 2 * (px + top) + top
-            nodes, tiles = (children(walk[2]), 2) if lev == 3 else (range(NODES)[LEVELS[lev]], 2 ** lev)
-            draw.text((x, y - 17), f"{mag}x: {len(nodes)}{' of 64' * (lev == 3)}, {mpp_of(mag):g} um/px, {fov_px * mpp_of(mag):g} um wide"
-                      + " - not in this slide" * (mag not in slide.mags), "black", font_size=13)
-            for n in nodes if mag in slide.mags else ():
-                (_, row, col), cell = place(n), px // tiles
-                u, v = x + col % tiles * cell, y + row % tiles * cell
-                page.paste(Image.fromarray(slide.read(*square(n, *shown[:3]), cell - 2)), (u + 1, v + 1))
-                if lev < 3 and n == walk[lev]:
-                    draw.rectangle([u, v, u + cell - 1, v + cell - 1], outline="gold", width=3)
-            walk.append(max(children(walk[-1]), key=lambda n: shown[3][n] if n < NODES else 0))    # down where tissue is
-    page.save(out)
-
-def inspect(path, mpp=None, fov_px=512, brief=False):
-    """Print what a slide holds and which stored level each magnification would be read from; `brief`: on one line."""
-    with Slide(path, mpp) as s:
-        page, side = s.pages[0], 8 * round(fov_px * mpp_of(5) / s.mpp / 8)
-        size = f"{s.size[0]} x {s.size[1]} px, {s.mpp:g} um/px ({s.mpp_source})"
-        doubt = f"; in doubt: {s.doubt}" * bool(s.doubt)
-        if brief:
-            return print(f"{s.name}: {size}, {page.kind}, levels " + " ".join(f"{d:g}" for d, _ in s.levels)
-                         + f", {LEVELS[len(s.mags) - 1].stop} nodes{doubt}")
-        print(f"{s.path}\n  {size}, {page.kind}, tiles of {page.tw} x {page.th} px{doubt}")
-        for i, (d, (w, h)) in enumerate(s.levels):
-            print(f"  level {i}: {w} x {h}, downsample {d:g}, {s.mpp * d:g} um/px")
-        for mag in MAGS:
-            i = s.best_level(mpp_of(mag) / s.mpp)
-            print(f"  {mag:>2}x, {mpp_of(mag):g} um/px: " + (f"from level {i}, reduced {mpp_of(mag) / s.mpp / s.levels[i][0]:.3g} times"
-                  if mag in s.mags else "not in this slide, its nodes are masked"))
-        print(f"  a bag: {LEVELS[len(s.mags) - 1].stop} of {NODES} nodes, {side} px at level 0 ({side * s.mpp:.0f} um) wide")
+# ---------------------------------------------------------------- the command line
 
 def main():
     """The command line; see `python data.py -h`. Exit code: the number of slides that cannot be used (at most 100)."""
@@ -474,7 +465,11 @@ def main():
         near = difflib.get_close_matches(unknown[0].split("=")[0], ["--out"] + [f[0] for f in flags], 1)
         p.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
     a = vars(args)
+    sys.stdout.reconfigure(errors="backslashreplace")     # a file's name may be no text at all
     command, paths, mpp = a.pop("command"), find_slides(a.pop("slides")), a.pop("mpp")
+    check(**a)
+    if command == "preview" and (len(paths) > 1 or Path(a["out"]).suffix.lower() != ".png" or not Path(a["out"]).absolute().parent.is_dir()):
+        raise ValueError("preview draws one slide into one PNG: give a single SLIDE and --out NAME.png in a folder that exists")
     mpps, refused = mpp_table(mpp, [p.name for p in paths]), 0
     if command == "tile":
         n = tile(paths, mpp=mpps, **a)

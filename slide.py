@@ -4,7 +4,7 @@ Magnification means microns per pixel, mpp = 10 / magnification; a level's index
 coarsest stored level that is fine enough, every stored tile decoded once, then reduced to the size asked for. Coordinates x, y,
 side are level-0 pixels. data.py makes bags of what this file reads; `from data import Slide` works too.
 
-Outline: the formats (each becomes a list of Pages) | Slide | resize, thumbnail | tissue | the tree of 85 nodes | which parents
+Outline: the formats (each becomes a list of Pages) | Slide | resize, thumbnail | tissue | the tree of 85 nodes | which parents | preview, inspect
 """
 import io, itertools, logging, math, os, re, sys, threading, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from typing import Callable
 from xml.etree import ElementTree
 
 import imagecodecs, numpy as np, tifffile, torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 MAGS = (5, 10, 20, 40)
 NODES = 85
@@ -58,29 +58,37 @@ def _tiff(path):
         raise EOFError(f"is truncated (tiles to byte {end:,}, file of {os.path.getsize(path):,})")
     file, pages = tif.filehandle, []
     for p in stored:
+        jpeg, jpeg2000 = p.compression in (6, 7), p.compression in (33003, 33005, 34712)
         if p.dtype != np.uint8 or p.samplesperpixel not in (3, 4) or p.planarconfig != 1:
             raise NotImplementedError(f"not 8-bit RGB but {p.samplesperpixel} x {p.dtype}" + ", in separate planes" * (p.planarconfig != 1))
+        if not (p.photometric == 2 or jpeg2000 or p.photometric == 6 and jpeg):
+            raise NotImplementedError(f"colours as {p.photometric.name} in {p.compression.name}")
 
         def load(k, p=p):                                # pread moves no file position, so threads may share the handle
             return os.pread(file.fileno(), p.databytecounts[k], p.dataoffsets[k])
 
-        def decode(data, k, p=p):
-            if p.compression in (33003, 33005, 34712):   # JPEG 2000, whose colours tifffile leaves as they are
+        def decode(data, k, p=p, jpeg2000=jpeg2000):
+            if jpeg2000:                                 # tifffile would leave its colours as they are
                 tile = imagecodecs.jpeg2k_decode(data)
                 return _rgb_of_ycc(tile) if p.compression == 33003 else tile
             return p.decode(data, k, jpegtables=p.jpegtables, jpegheader=p.jpegheader)[0][0]
         _ = p.decode                                     # tifffile prepares it at first use, which threads must not race for
         tw, th = (p.tilewidth, p.tilelength) if p.is_tiled else (p.imagewidth, p.rowsperstrip)
         pages.append(Page(p.imagewidth, p.imagelength, tw, th, p.compression.name, load, decode))
+    return tif, pages, _scale_of(tif, series)
 
-    first, says = tif.pages[0], []
+def _scale_of(tif, series):
+    """-> ([(microns per pixel, where it is written)], the most trusted first; the objective's magnification or None)."""
+    first, says = tif.pages.first, []
     text, unit = first.description or "", {2: 25400, 3: 10000}.get(int(first.tags.valueof("ResolutionUnit", 2)), 0)   # um per inch, cm
     if aperio := re.search(r"\bMPP\s*=\s*([\d.]+)", text):
         says.append((float(aperio[1]), "Aperio MPP"))
-    if tif.is_ome and (ome := re.search(r'PhysicalSizeX="([\d.eE+-]+)"', text)):
-        um = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-        scale = {"nm": 1e-3, "mm": 1e3}.get(um[1], 1) if um else 1      # microns where no unit is given, says the schema
-        says.append((float(ome[1]) * scale, "OME PhysicalSizeX"))
+    if tif.is_ome:                                       # one <Image> per series; microns where no unit is given, says the schema
+        image = (re.findall(r"<Image\b.*?</Image>", text, re.S) or [""])[tif.series.index(series):][:1] or [""]
+        size, um = (re.search(rf'PhysicalSizeX{k}="([^"]+)"', image[0]) for k in ("", "Unit"))
+        scale = {"nm": 1e-3, "\u00b5m": 1, "\u03bcm": 1, "um": 1, "mm": 1e3, "cm": 1e4}.get(um[1] if um else "um")
+        if size and scale:
+            says.append((float(size[1]) * scale, "OME PhysicalSizeX"))
     if spacing := re.findall(r'DICOM_PIXEL_SPACING"[^>]*>\D*([\d.]+)', text) if tif.is_philips else ():
         says.append((1000 * min(map(float, spacing)), "Philips DICOM_PIXEL_SPACING"))      # mm; of all levels, the finest
     num, den = series.keyframe.tags.valueof("XResolution", (0, 1))
@@ -88,7 +96,7 @@ def _tiff(path):
         says.append((unit * den / num, "TIFF XResolution"))
     app = re.search(r"\bAppMag\s*=\s*([\d.]+)", text)
     app = float(app[1]) if app else first.tags.valueof(65421)           # NDPI keeps its objective there
-    return tif, pages, (says, app if app and app > 0 else None)
+    return says, app if app and app > 0 else None
 
 def _rgb_of_ycc(tile):
     """Y, Cb, Cr -> R, G, B by JFIF's formula. Aperio's JPEG 2000 kind 33003 holds the former and does not say so inside."""
@@ -103,8 +111,12 @@ def _deepzoom(path):
     """NAME.dzi and NAME_files/LEVEL/COLUMN_ROW.jpeg: level L is 2^L pixels at most, each half the next, every tile `overlap`
     pixels wider on its inner sides."""
     root = ElementTree.parse(path).getroot()
-    size, side, overlap, kind = root.find("{*}Size"), *(root.get(k) for k in ("TileSize", "Overlap", "Format"))
-    W, H, side, overlap = (int(n) for n in (size.get("Width"), size.get("Height"), side, overlap))
+    size, kind = root.find("{*}Size"), root.get("Format")
+    if size is None or not kind:
+        raise ValueError("its XML names no Size or no Format")
+    W, H, side, overlap = (int(e.get(k) or 0) for e, k in ((size, "Width"), (size, "Height"), (root, "TileSize"), (root, "Overlap")))
+    if min(W, H, side) < 1:
+        raise ValueError("its XML names no Width, Height or TileSize")
     top, pages = math.ceil(math.log2(max(W, H))), []
     for down in range(top + 1):
         w, h, folder = -(-W // 2 ** down), -(-H // 2 ** down), path.with_name(path.stem + "_files") / str(top - down)
@@ -118,14 +130,20 @@ def _deepzoom(path):
         def decode(data, k, across=across):
             return _picture(data)[overlap * (k >= across):, overlap * (k % across > 0):][:side, :side]
         pages.append(Page(w, h, side, side, kind.upper(), load, decode))
-    if not pages[0].load(len(pages) and -(-W // side) * -(-H // side) - 1):
-        raise EOFError("is truncated (its last tile is empty)")
+    last = -(-W // side) * -(-H // side) - 1
+    try:
+        if not pages[0].load(last):
+            raise EOFError("is truncated (its last tile is empty)")
+    except OSError as e:
+        raise EOFError(f"is not whole ({e.filename} cannot be read)") from e
     return None, pages, ([], None)
 
 def _flat(path):
     """A plain picture: one level of one tile."""
     with Image.open(path) as image:
         (w, h), kind = image.size, image.format
+        if image.mode[0] in "IF":
+            raise NotImplementedError(f"a picture of more than 8 bits, {image.mode}")
     if w * h > FLAT_LIMIT:
         raise NotImplementedError(f"a picture of {w} x {h} pixels without tiles")
     return None, [Page(w, h, w, h, kind, lambda k: path.read_bytes(), lambda data, k: _picture(data))], ([], None)
@@ -160,6 +178,8 @@ class Slide:
             raise
         except Exception as e:                           # tifffile has no one class of error for what is not a sound TIFF
             raise ValueError(f"{path} cannot be opened as a slide ({_line(e)}): it is damaged or of another kind; copy it again or {convert}") from e
+        if min(min(p.w, p.h, p.tw, p.th) for p in pages) < 1:
+            raise ValueError(f"{path} is damaged (a level of no size): copy it again")
         self.size, self.levels, self.pages = (pages[0].w, pages[0].h), [], []
         for p in pages:
             d = pages[0].w / p.w
@@ -180,7 +200,7 @@ class Slide:
             hint = f"its AppMag of {app:g} is no scale, but suggests {10 / app:g}" if app else "about 0.25 if scanned at 40x"
             raise ValueError(f"{self.path} does not say its microns per pixel: pass --mpp ({hint})")
         mpp, source = (float(given), "--mpp") if given is not None else says[0]
-        if not 0.1 <= mpp <= 2.4:
+        if not 0.1 <= mpp < 2.4:                          # coarser than 2.4 is coarser than 5x
             raise ValueError(f"{self.path}: {mpp:g} um/px ({source}) is not within 0.1-2.4: pass its true --mpp")
         others = [(m, name) for m, name in (*says, *([(10 / app, f"AppMag {app:g}")] if app else ())) if not 1 / 1.5 <= m / mpp <= 1.5]
         return mpp, source, "; ".join(f"{mpp:g} um/px ({source}) contradicts {m:g} ({name})" for m, name in others)
@@ -197,35 +217,34 @@ class Slide:
         x, y, n = round(x / d), round(y / d), max(1, round(side / d))
         top, left = max(0, y // page.th), max(0, x // page.tw)
         bottom, right = -(-min(y + n, page.h) // page.th), -(-min(x + n, page.w) // page.tw)
-        canvas, across = self._blank(n), -(-page.w // page.tw)
+        with self.lock:                                  # last time's canvas, unless a caller still holds it: fresh memory costs a
+            canvas, self.canvas = self.canvas, None      # fifth of decoding, and threads wait for each other to get it
+        if canvas is None or len(canvas) != n or sys.getrefcount(canvas) > 2:                # this name's and this call's
+            canvas = np.empty((n, n, 3), np.uint8)
         if x < 0 or y < 0 or x + n > page.w or y + n > page.h:
             canvas.fill(255)
 
-        def paste(r):                                    # a row of tiles, each decoded once, what lies in the square copied
+        def paste(r):                                    # one row of tiles
             for c in range(left, right):
+                # the tile lies at (y0, x0)-(y1, x1) of the page, its part inside the square at (v0, u0)-(v1, u1)
                 y0, x0, y1, x1 = r * page.th, c * page.tw, min((r + 1) * page.th, page.h), min((c + 1) * page.tw, page.w)
                 v0, u0, v1, u1 = max(y, y0), max(x, x0), min(y + n, y1), min(x + n, x1)
-                cut, key = (v0, u0, v1, u1) != (y0, x0, y1, x1), (i, r * across + c)
+                cut, key = (v0, u0, v1, u1) != (y0, x0, y1, x1), (i, r * -(-page.w // page.tw) + c)
                 tile = self.kept.get(key) if cut else None
                 if tile is None:
-                    tile = self._tile(page, key[1])
-                    if cut:
+                    tile = self._tile(page, key[1], y1 - y0, x1 - x0)
+                    if cut:                              # the neighbouring square will want it too
                         self._remember(key, tile)
                 canvas[v0 - y:v1 - y, u0 - x:u1 - x] = 255 if tile is None else tile[v0 - y0:v1 - y0, u0 - x0:u1 - x0, :3]
-        rows = range(top, bottom)
+        rows = range(top, bottom) if x < page.w and y < page.h and x + n > 0 and y + n > 0 else ()
         if self.threads > 1 and len(rows) > 1:
-            self.pool = self.pool or ThreadPoolExecutor(self.threads)
+            with self.lock:
+                self.pool = self.pool or ThreadPoolExecutor(self.threads)
             list(self.pool.map(paste, rows))
         else:
             list(map(paste, rows))
+        self.canvas = canvas
         return resize(canvas, out)
-
-    def _blank(self, n):
-        """A canvas of n x n pixels: the last one when nobody else holds it any more. Fresh memory costs a fifth of decoding, and
-        the threads wait for each other to get it."""
-        if self.canvas is None or len(self.canvas) != n or sys.getrefcount(self.canvas) > 2:       # ours and this call's
-            self.canvas = np.empty((n, n, 3), np.uint8)
-        return self.canvas
 
     def _remember(self, key, tile):
         page = self.pages[key[0]]
@@ -234,10 +253,13 @@ class Slide:
             while len(self.kept) > max(1, self.keep // (3 * page.tw * page.th)):
                 del self.kept[next(iter(self.kept))]     # the oldest: dicts keep their order
 
-    def _tile(self, page, k):                            # -> uint8 [h, w, 3 or more]; None if none was stored
+    def _tile(self, page, k, h, w):                      # -> uint8 [>= h, >= w, 3 or more]; None if none was stored
         try:
             data = page.load(k)
-            return page.decode(data, k) if data else None
+            tile = page.decode(data, k) if data else None
+            if tile is not None and (tile.ndim != 3 or tile.shape[0] < h or tile.shape[1] < w):
+                raise ValueError(f"it is of {tile.shape[:2][::-1]} pixels, not {(w, h)}")
+            return tile
         except Exception as e:
             raise ValueError(f"{self.path}: tile {k} of its {page.w} x {page.h} level cannot be decoded ({_line(e)}): the file is "
                              "damaged, copy it again or leave it out") from e
@@ -360,11 +382,12 @@ def choose_parents(slide, fov_px=512, parents=20, min_tissue=0.5, seed=0):
     side = max(8, 8 * round(fov_px * mpp_of(5) / slide.mpp / 8))
     mask, scale = tissue_mask(slide, um=min(8, fov_px / 16))                # at least four mask pixels across a 40x patch
 
-    def starts(length, tile, quarter):                    # along one axis; on a tile's edge, which then is decoded once
+    def starts(length, tile, quarter):                    # along one axis: the centred grid, moved on by 0 to 3 quarters of a parent
         if length < side:
             return np.array([(length - side) // 2])
         first = (length % side // 2 + quarter * side // 4) % side
-        return np.arange(first - first % min(tile, side), length - side + 1, side)
+        first -= first % tile if tile <= side // 4 else 0                   # a tile on the border of two parents is decoded twice
+        return np.arange(first, length - side + 1, side)
     page, grids = slide.pages[0], []
     for down, right in itertools.product(range(4), range(4)):
         x, y = np.meshgrid(starts(slide.size[0], page.tw, right), starts(slide.size[1], page.th, down))
@@ -372,6 +395,62 @@ def choose_parents(slide, fov_px=512, parents=20, min_tissue=0.5, seed=0):
     enough = [(tissue_fraction(mask, scale, x, y, np.full_like(x, side)) >= min_tissue).sum() for x, y in grids]
     x, y, sides = square(np.arange(NODES), *grids[int(np.argmax(enough))], side)
     tissue = tissue_fraction(mask, scale, x, y, np.broadcast_to(sides, x.shape))
-    rng = np.random.default_rng([seed, zlib.crc32(slide.name.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(os.fsencode(slide.name))])
     drawn = rng.permutation(np.flatnonzero(tissue[:, 0] >= min_tissue))[:parents]
     return [(int(x[i, 0]), int(y[i, 0]), side, tissue[i]) for i in sorted(drawn)]
+
+# ---------------------------------------------------------------- to look at
+
+def preview(path, out, mpp=None, fov_px=512, parents=20, min_tissue=0.5, seed=0, px=448):
+    """One slide as a PNG: its thumbnail with tissue outlined and parents numbered, and beside it one bag walked from its 5x
+    patch down to four 40x patches; the yellow frame in each panel is the patch whose children the walk takes next."""
+    with Slide(path, mpp) as slide:
+        bags, gap, top = choose_parents(slide, fov_px, parents, min_tissue, seed), 6, 22
+        scale = max(1, round(max(slide.size) / (2 * px + top)))
+        pixels, (mask, step) = thumbnail(slide, scale), tissue_mask(slide, min(8, fov_px / 16))
+        h, w = pixels.shape[:2]
+        mask = mask[np.ix_((np.arange(h) * scale // step).clip(max=len(mask) - 1), (np.arange(w) * scale // step).clip(max=mask.shape[1] - 1))]
+        edge = mask & ~np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(5))).astype(bool)
+        pixels[~mask] = pixels[~mask] * 0.75 + 0.25 * 60                                     # glass is dimmed
+        pixels[edge] = 0, 140, 60
+        page = Image.new("RGB", (w + bool(bags) * (2 * px + 3 * gap), max(h, 2 * px + top) + top), "white")
+        page.paste(Image.fromarray(pixels), (0, top))
+        draw = ImageDraw.Draw(page)
+        draw.text((4, 5), f"{slide.name}   {slide.mpp:g} um/px ({slide.mpp_source})   {len(bags)} parents", "black", font_size=13)
+        shown = max(bags, key=lambda bag: bag[3][0], default=None)
+        for i, (x, y, side, _) in enumerate(bags):
+            x, y, x1, y1 = x // scale, y // scale + top, (x + side) // scale, (y + side) // scale + top
+            draw.rectangle([x, y, x1, y1], outline="orange" if bags[i] is shown else "mediumblue", width=3)
+            draw.text((x + 7, y + 5), str(i), "black", font_size=16)
+        walk = [0]
+        for lev, mag in enumerate(MAGS if shown else ()):
+            x, y = w + 2 * gap + lev % 2 * (px + gap), lev // 2 * (px + top) + top
+            nodes, tiles = (children(walk[2]), 2) if lev == 3 else (range(NODES)[LEVELS[lev]], 2 ** lev)
+            draw.text((x, y - 17), f"{mag}x: {len(nodes)}{' of 64' * (lev == 3)}, {mpp_of(mag):g} um/px, {fov_px * mpp_of(mag):g} um wide"
+                      + " - not in this slide" * (mag not in slide.mags), "black", font_size=13)
+            for n in nodes if mag in slide.mags else ():
+                (_, row, col), cell = place(n), px // tiles
+                u, v = x + col % tiles * cell, y + row % tiles * cell
+                page.paste(Image.fromarray(slide.read(*square(n, *shown[:3]), cell - 2)), (u + 1, v + 1))
+                if lev < 3 and n == walk[lev]:
+                    draw.rectangle([u, v, u + cell - 1, v + cell - 1], outline="gold", width=3)
+            walk.append(max(children(walk[-1]), key=lambda n: shown[3][n] if n < NODES else 0))    # down where tissue is
+    page.save(out)
+
+def inspect(path, mpp=None, fov_px=512, brief=False):
+    """Print what a slide holds and which stored level each magnification would be read from; `brief`: on one line."""
+    with Slide(path, mpp) as s:
+        page, side = s.pages[0], 8 * round(fov_px * mpp_of(5) / s.mpp / 8)
+        size = f"{s.size[0]} x {s.size[1]} px, {s.mpp:g} um/px ({s.mpp_source})"
+        doubt = f"; in doubt: {s.doubt}" * bool(s.doubt)
+        if brief:
+            return print(f"{s.name}: {size}, {page.kind}, levels " + " ".join(f"{d:g}" for d, _ in s.levels)
+                         + f", {LEVELS[len(s.mags) - 1].stop} nodes{doubt}")
+        print(f"{s.path}\n  {size}, {page.kind}, tiles of {page.tw} x {page.th} px{doubt}")
+        for i, (d, (w, h)) in enumerate(s.levels):
+            print(f"  level {i}: {w} x {h}, downsample {d:g}, {s.mpp * d:g} um/px")
+        for mag in MAGS:
+            i = s.best_level(mpp_of(mag) / s.mpp)
+            print(f"  {mag:>2}x, {mpp_of(mag):g} um/px: " + (f"from level {i}, reduced {mpp_of(mag) / s.mpp / s.levels[i][0]:.3g} times"
+                  if mag in s.mags else "not in this slide, its nodes are masked"))
+        print(f"  a bag: {LEVELS[len(s.mags) - 1].stop} of {NODES} nodes, {side} px at level 0 ({side * s.mpp:.0f} um) wide")

@@ -178,13 +178,16 @@ def test_tissue_fraction_by_hand():
 def test_parents(tmp_path):
     path = write(tmp_path / "a.svs", picture(1024, 1300, glass=600))
     with data.Slide(path) as slide:
-        bags = data.choose_parents(slide, fov_px=32)   # 256 px a parent, the grid on the edges of the tiles
-        assert {(x, s) for x, _, s, _ in bags} == {(512, 256), (768, 256), (1024, 256)} and len(bags) == 12
-        assert all(abs(t[0] - (0.656 if x == 512 else 1)) < 0.1 for x, _, _, t in bags)
+        bags = data.choose_parents(slide, fov_px=32)   # 256 px a parent, the grid centred: columns from x = 10
+        assert {(x, s) for x, _, s, _ in bags} == {(522, 256), (778, 256), (1034, 256)} and len(bags) == 12
+        assert all(abs(t[0] - (0.695 if x == 522 else 1)) < 0.1 for x, _, _, t in bags)
         assert all(np.allclose(t[0], t[21:].mean()) for *_, t in bags)     # a parent's share is its children's mean
         few, again = (data.choose_parents(slide, fov_px=32, parents=5) for _ in range(2))
         assert [b[:2] for b in few] == [b[:2] for b in again] and len(few) == 5
         assert data.choose_parents(slide, fov_px=32, parents=5, seed=1) != few
+    fine = write(tmp_path / "fine.svs", picture(1024, 1300, glass=600), tile=(64, 64))
+    with data.Slide(fine) as slide:                       # where tiles are small, on their edges: each is decoded once
+        assert {x for x, *_ in data.choose_parents(slide, fov_px=32)} == {512, 768, 1024}
     with data.Slide(path, mpp=0.2525) as slide:           # the true mpp sets the side: 32 * 2 / 0.2525 = 253.5 -> 256
         assert slide.mags == data.MAGS and data.choose_parents(slide, fov_px=32)[0][2] == 256
     small = write(tmp_path / "small.svs", picture(200, 230))
@@ -237,6 +240,11 @@ def test_tile_resumes_extends_and_is_deterministic(tmp_path):
     write(slides / "a-new.svs", picture(512, 512, seed=9))
     data.tile(slides, a, patch_px=8, fov_px=32)
     assert (a / "bags-000003.tar").exists() and (a / "bags-000000.tar").read_bytes() == (b / "bags-000000.tar").read_bytes()
+    free = tmp_path / "free"                              # a slide without a parent keeps its number
+    write(slides / "a-blank.svs", np.full((512, 512, 3), 245, np.uint8))
+    assert data.tile([slides / "a-blank.svs", slides / "s0.svs"], free, patch_px=8, fov_px=32)["empty"] == 1
+    data.tile(slides, free, patch_px=8, fov_px=32)
+    assert data.BagDataset(free, captions=False).slides[0] == "s0.svs" and not (free / "bags-000000.tar").exists()
     for change, words in ((dict(patch_px=16), "patch_px 8 is now 16"), (dict(mpp=0.5), "mpp 0.25 is now 0.5")):
         with pytest.raises(ValueError, match=words):
             data.tile(slides, a, **dict(dict(patch_px=8, fov_px=32), **change))
@@ -277,6 +285,10 @@ def test_cli(tmp_path):
     assert r.returncode == 2 and "did you mean --patch-px?" in r.stderr
     r = cli("preview", slides / "s0.svs", "--out", tmp_path / "p.png", "--fov-px", 32)
     assert r.returncode == 0 and (tmp_path / "p.png").stat().st_size > 10000
+    for args, words in ((("preview", slides, "--out", tmp_path / "p.png"), "one slide into one PNG"), (("preview", slides / "s0.svs", "--out", tmp_path / "p"), "NAME.png"),
+                        (("inspect", slides / "s0.svs", "--fov-px", 0), "fov_px is 0"), (("tile", slides, "--out", slides / "s0.svs"), "choose another folder")):
+        r = cli(*args)
+        assert r.returncode == 1 and words in r.stderr and r.stderr.count("\n") == 1
     r = cli("tile", tmp_path / "nowhere", "--out", tmp_path / "o")
     assert r.returncode == 1 and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1
 
@@ -325,6 +337,50 @@ def test_a_bad_slide_is_reported_and_the_run_goes_on(tmp_path, workers):
     (slides / "rotten.svs").write_bytes(good)             # copied again: only what failed is done, and its report is gone
     assert data.tile(slides / "rotten.svs", out, patch_px=8, fov_px=32)["bags"] == 4
     assert set(failures(out)) == {"cut.svs", "empty.svs"} and len(data.BagDataset(out, captions=False)) == 12
+
+
+def test_one_tile_at_a_time(tmp_path):
+    """A second run into the same folder would give out the same numbers; shards of other origin are not written over."""
+    import fcntl
+    slides, out = slides_in(tmp_path / "in", 1), tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another `data.py tile` is writing to"):
+            data.tile(slides, out, patch_px=8, fov_px=32)
+    with tarfile.open(out / "bags-000000.tar", "w") as tar:
+        tar.add(slides / "s0.svs", "x.jpg")
+    with pytest.raises(ValueError, match="bags-000000.tar is in no row of .*slides.jsonl"):
+        data.tile(slides, out, patch_px=8, fov_px=32)
+    (out / "bags-000000.tar").unlink()
+    data.tile(slides, out, patch_px=8, fov_px=32)
+    (out / "slides.jsonl").write_text('5\n{"id": 1}\n')   # killed after the shard, before its row (and a file of another kind)
+    (out / "bags-000000.tar").rename(out / "bags-000007.tar")
+    assert data.tile(slides, out, patch_px=8, fov_px=32)["bags"] == 4 and [f.name for f in out.glob("*.tar")] == ["bags-000000.tar"]
+
+
+def test_file_names_need_not_be_text(tmp_path):
+    slides = slides_in(tmp_path / "in", 1)
+    os.link(slides / "s0.svs", os.fsencode(slides) + b"/l\xe9.svs")
+    r = cli("tile", slides, "--out", tmp_path / "out", "--patch-px", 8, "--fov-px", 32)
+    assert r.returncode == 0 and "8 bags from 2 of 2" in r.stdout
+    assert len(data.BagDataset(tmp_path / "out", captions=False)) == 8 and cli("inspect", slides).returncode == 0
+
+
+def test_mpp_tables(tmp_path):
+    path = tmp_path / "m.csv"
+
+    def table(text, encoding="utf-8"):
+        path.write_text(text, encoding=encoding)
+        return data.mpp_table(str(path), ["a.svs", "b,c.svs"])
+    want = {"a.svs": 0.3, "b,c.svs": None}
+    assert table("a.svs,0.3\n") == table("slide,mpp\r\na.svs, 0.3\r\n\r\n") == table('"a.svs",0.3', "utf-8-sig") == want
+    assert table('x.svs,1\n"b,c.svs",0.5')["b,c.svs"] == 0.5
+    for text, words in (("a.svs;0.3\n", "m.csv:1: expected slide,mpp"), ("a.svs,0.3\nb,x\n", "m.csv:2"), ("slide,mpp\nz.svs,1", "names none of the slides .the first is a.svs")):
+        with pytest.raises(ValueError, match=words):
+            table(text)
+    with pytest.raises(ValueError, match="m.csv is not a text file in UTF-8"):
+        table("a.svs,0.3", "utf-16")
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
@@ -382,8 +438,9 @@ def test_an_index_follows_its_files(tmp_path):
     data.tile(slides, out, patch_px=8, fov_px=32)
     say("third")
     assert len(data.BagDataset(out)) == 12 and data.BagDataset(out).captions(11)[0].startswith("third")
-    (out / "index.npz").write_bytes(b"PK")                # a damaged one is made again
-    ds = data.BagDataset(out)
+    for damaged in (b"PK", b""):                          # it is made again
+        (out / "index.npz").write_bytes(damaged)
+        ds = data.BagDataset(out)
     assert ds.keys == data.BagDataset(out, captions=False).keys and ds.meta(11)["slide"] == ds.slides[11] == "s9.svs"
 
 
@@ -402,6 +459,10 @@ def test_captions_are_checked(tmp_path):
     path.write_text("\n".join(lines[:17] + lines[18:]))
     with pytest.raises(ValueError, match=f"no caption for node 17 of bag {keys[0]} .1 missing"):
         data.BagDataset(out)
+    for key, wrong in dict(node=85, caption=5).items():
+        path.write_text("\n".join(lines + [json.dumps(dict(dict(key=keys[0], node=-1, caption="x"), **{key: wrong}))]))
+        with pytest.raises(ValueError, match="captions.jsonl:171: expected"):
+            data.BagDataset(out)
     path.write_text("\n".join(lines[:3] + ["{oops"]))
     with pytest.raises(ValueError, match="captions.jsonl:4: not JSON"):
         data.BagDataset(out)

@@ -3,6 +3,7 @@ import io
 import os
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imagecodecs
@@ -57,6 +58,7 @@ def test_generic_pyramidal_tiff(tmp_path, bigtiff):
 def test_ome_tiff_with_subifds(tmp_path):
     um = dict(axes="YXS", PhysicalSizeX=250, PhysicalSizeXUnit="nm", PhysicalSizeY=250, PhysicalSizeYUnit="nm")
     with tifffile.TiffWriter(tmp_path / "a.ome.tif", bigtiff=True) as tif:
+        tif.write(IMAGE[:64, :64], photometric="rgb", metadata=dict(axes="YXS", Name="macro", PhysicalSizeX=1.9, PhysicalSizeXUnit="\u00b5m"))
         tif.write(IMAGE, subifds=2, **dict(TILES, metadata=um))
         for k in (2, 4):
             tif.write(half(IMAGE, k), subfiletype=1, **TILES)
@@ -160,9 +162,15 @@ def test_deep_zoom(tmp_path):
     check(tmp_path / "a.dzi", [1, 2], "--mpp", mpp=0.25)          # the rest would fit into one tile
     with pytest.raises(ValueError, match="a.dzi does not say its microns per pixel: pass --mpp"):
         data.Slide(tmp_path / "a.dzi")
+    Image.fromarray(IMAGE[:40, :40]).save(tmp_path / "a_files" / "10" / "0_0.png")
+    with data.Slide(tmp_path / "a.dzi", 0.25) as slide, pytest.raises(ValueError, match="a.dzi: tile 0 .*it is of .40, 40. pixels, not .254, 254."):
+        slide.read(0, 0, 100, 100)
+    (tmp_path / "b.dzi").write_text('<Image TileSize="254"><Size Width="10" Height="10"/></Image>')
+    with pytest.raises(ValueError, match="b.dzi.*its XML names no Size or no Format"):
+        data.Slide(tmp_path / "b.dzi", 0.25)
     (tmp_path / "a_files" / "10" / "1_1.png").unlink()
     with data.Slide(tmp_path / "a.dzi", 0.25) as slide, pytest.raises(ValueError, match="tile 5 of its 896 x 600 level.*1_1.png"):
-        slide.read(0, 0, 600, 600)
+        slide.read(260, 260, 200, 200)
 
 
 def test_flat_pictures(tmp_path, monkeypatch):
@@ -184,6 +192,13 @@ def test_what_is_not_supported_says_so_by_name(tmp_path):
         with pytest.raises(ValueError, match=f"a{suffix}.*not supported .{name}.*pyramidal TIFF"):
             data.Slide(tmp_path / f"a{suffix}", 0.25)
     assert len(data.find_slides(tmp_path)) == 3           # a folder's foreign slides are refused aloud, not passed over
+    for name, image in (("SEPARATED", IMAGE[..., [0, 1, 2, 2]]), ("CIELAB", IMAGE), ("YCBCR", IMAGE)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", image, photometric=name, compression="deflate")
+        with pytest.raises(ValueError, match=f"{name}.tif.*colours as {name} in .*DEFLATE"):
+            data.Slide(tmp_path / f"{name}.tif", 0.25)
+    Image.fromarray(IMAGE[..., 0].astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png.*more than 8 bits"):
+        data.Slide(tmp_path / "deep.png", 0.25)
     tifffile.imwrite(tmp_path / "planes.tif", IMAGE.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
     with pytest.raises(ValueError, match="in separate planes"):
         data.Slide(tmp_path / "planes.tif", 0.25)
@@ -201,6 +216,25 @@ def test_every_pyramid_gives_the_same_picture(tmp_path, downs, tile):
             want = half(image[48:48 + side, 32:32 + side], side // out) if side % out == 0 else got
             assert abs(got - want).max() <= 1
             assert abs(got.mean() - image[48:48 + side, 32:32 + side].mean()) < 1
+
+
+def test_squares_anywhere(tmp_path):
+    rng, wide = np.random.default_rng(0), np.pad(IMAGE, ((400, 400), (400, 400), (0, 0)), constant_values=255)
+    with data.Slide(write(tmp_path / "a.svs", IMAGE, tile=(112, 112))) as slide:
+        for x, y, side in [(0, 650, 64), (1000, 10, 64), (-200, -200, 100)] + rng.integers((-300, -300, 1), (1200, 900, 90), (60, 3)).tolist():
+            assert (slide.read(x, y, side, side) == wide[y + 400:y + 400 + side, x + 400:x + 400 + side]).all()
+
+
+def test_threads_may_share_a_slide(tmp_path):
+    with data.Slide(write(tmp_path / "a.svs", IMAGE, tile=(112, 112)), threads=1) as slide, ThreadPoolExecutor(6) as pool:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            spots = np.random.default_rng(0).integers(0, 500, (3000, 2)).tolist()
+            right = pool.map(lambda s: (slide.read(*s, 24, 24) == IMAGE[s[1]:s[1] + 24, s[0]:s[0] + 24]).all(), spots)
+            assert all(right)
+        finally:
+            sys.setswitchinterval(interval)
 
 
 def test_tiles_are_decoded_once(tmp_path):
@@ -275,6 +309,9 @@ def test_the_grid_moves_to_a_small_piece_of_tissue(tmp_path):
     with data.Slide(write(tmp_path / "a.svs", image, tile=(128, 128))) as slide:
         (x, y, side, tissue), = data.choose_parents(slide, fov_px=32, min_tissue=0.9)
         assert (x, y, side) == (128, 384, 256) and tissue[0] > 0.95
+    Image.fromarray(image).save(tmp_path / "a.png")       # also where the whole slide is one tile
+    with data.Slide(tmp_path / "a.png", 0.25) as slide:
+        assert [b[:3] for b in data.choose_parents(slide, fov_px=32, min_tissue=0.9)] == [(128, 384, 256)]
 
 
 # ---------------------------------------------------------------- a second opinion
