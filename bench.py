@@ -5,6 +5,7 @@
     python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
 
     data    a bag from a slide and from a shard, beside decoding the same JPEG bytes         (limit) and OpenSlide (peer)
+    caption patches captioned through a server that answers after 50 ms                   (limit)
     vision  the preset's ViT forward and backward, beside the machine's matrix-multiply rate  (limit)
     attn    our fused attention, beside torch.nn.MultiheadAttention                           (peer)
     step    a whole training step, split by loss: what an ablation saves
@@ -16,8 +17,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
 
 import argparse
+import asyncio
 import dataclasses
 import itertools
+import json
+import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
@@ -33,6 +38,7 @@ import torch.nn as nn
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import captioner
 import data
 import model as networks
 import synthetic
@@ -127,6 +133,40 @@ def openslide_patches(peer, x, y):
         np.asarray(patch if size == 512 else patch.resize((512, 512), Image.BOX))
 
 
+def _slow_server(say, seconds):
+    """A chat server that answers any question after `seconds`, any number at a time; tells its port through `say`."""
+    answer = json.dumps({"choices": [{"message": {"content": "a caption"}}]}).encode()
+
+    async def serve(reader, writer):
+        while not reader.at_eof():
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int((re.search(rb"content-length: *(\d+)", head, re.I) or [0, 0])[1])
+            await reader.readexactly(length)
+            await asyncio.sleep(seconds if length else 0)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(answer), answer))
+
+    async def run():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=2 ** 20)
+        say.put(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+    asyncio.run(run())
+
+
+def bench_caption(folder, concurrency=32, seconds=0.05):
+    """Patches captioned a second through a server that takes 50 ms a question, beside concurrency / seconds."""
+    synthetic.write_slide(Path(folder) / "slide.svs", 0, 0, 8192)
+    data.tile(Path(folder) / "slide.svs", Path(folder) / "captions", patch_px=224, fov_px=256)
+    context = multiprocessing.get_context("spawn")
+    say = context.Queue()
+    server = context.Process(target=_slow_server, args=(say, seconds), daemon=True)
+    server.start()
+    endpoint, start = f"http://127.0.0.1:{say.get()}/v1", time.perf_counter()
+    count = captioner.caption_folder(Path(folder) / "captions", endpoint, "any", concurrency=concurrency)
+    rate, ideal = count["captions"] / (time.perf_counter() - start), concurrency / seconds
+    print(f"\ncaptions, {concurrency} questions at a time, {1000 * seconds:.0f} ms each\n  {count['captions']} captions, {rate:.0f} a second, {rate / ideal:.2f} x ideal")
+    server.terminate()
+
+
 def bench_vision(device):
     """Forward + backward of the preset's vision tower against the time its FLOPs take in one large matrix multiplication."""
     vit = networks.ViT(**networks.SIZES["synthetic"]["vision"]).to(device)
@@ -172,10 +212,10 @@ def bench_step(folder, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, vision, attn, step (default: all)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, caption, vision, attn, step (default: all)")
     parser.add_argument("--side", type=int, default=8192, help="pixels, of the slide that `data` reads")
     args = parser.parse_args()
-    stages = {"data": lambda: bench_data(folder, args.side), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
+    stages = {"data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
               "step": lambda: bench_step(folder, device)}
     if unknown := set(args.stages) - set(stages):
         raise ValueError(f"unknown stage {unknown.pop()!r}; there are {', '.join(stages)}")

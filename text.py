@@ -6,6 +6,7 @@ all four magnifications ("lymph node", "round nuclei"), and that is what `keywor
 
 Read in this order: keywords -> keyword_bag -> Tokenizer -> prompts -> the command line.
 
+    python text.py caption SHARDS --endpoint URL --model M # every patch described by a served model (captioner.py)
     python text.py keywords SHARDS                         # the textual bag of the first bags, to read with your own eyes
     python text.py import captions.jsonl --shards SHARDS   # one caption per slide -> a caption line for every node
 
@@ -27,6 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+
+import captioner
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Keywords [1]: runs of content words. A word is dropped when it is grammar, when it is captioner's boilerplate
@@ -362,12 +365,30 @@ def main():
     k.add_argument("shards")
     k.add_argument("--bags", type=int, default=3, help="how many (3)")
     k.add_argument("--size", type=int, default=128, help="keywords per bag at most (128)")
+    c = commands.add_parser("caption", help="ask a served vision-language model about every patch (captioner.py)")
+    c.add_argument("shards", help="folder of bags-*.tar")
+    c.add_argument("--endpoint", required=True, metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1")
+    c.add_argument("--model", required=True, help="its name there")
+    c.add_argument("--prompt", default=captioner.PROMPT, help="the question (%(default)r)")
+    c.add_argument("--levels", default="5,10,20,40", help="magnifications to caption (%(default)s)")
+    c.add_argument("--concurrency", type=int, default=32, help="questions at a time (%(default)s)")
+    c.add_argument("--max-tokens", type=int, default=256, help="longest answer (%(default)s)")
+    c.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer (%(default)s)")
     i = commands.add_parser("import", help="one caption per slide (JSON lines) -> captions of all its nodes")
     i.add_argument("source")
     i.add_argument("--shards", required=True, help="folder of bags-*.tar")
     args = parser.parse_args()
     if args.command == "keywords":
         print_keywords(args.shards, args.bags, args.size)
+    elif args.command == "caption":
+        levels = args.levels.split(",")
+        if not set(levels) <= {"5", "10", "20", "40"} or args.concurrency < 1:
+            raise ValueError(f"--levels {args.levels} --concurrency {args.concurrency}: give some of 5,10,20,40 and at least 1")
+        n = captioner.caption_folder(args.shards, args.endpoint, args.model, args.prompt, tuple(map(int, levels)), args.concurrency,
+                                     args.max_tokens, args.timeout)
+        print(f"{n['captions']} captions for {n['shards']} shards in {args.shards}" + f"; {n['elsewhere']} are with another process" * (n["elsewhere"] > 0))
+        if n["failed"]:
+            raise ValueError(f"{n['failed']} patches got no caption, see {args.shards}/bags-*.failures.jsonl: the same command asks for them again")
     else:
         print(f"captions for {import_captions(args.source, args.shards)} shards in {args.shards}")
 
@@ -377,3 +398,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: what was answered is kept, and the same command continues")
