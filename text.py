@@ -17,11 +17,15 @@ References
 import argparse
 import functools
 import gzip
+import html
+import itertools
 import json
 import os
 import re
 import sys
 import tarfile
+import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -130,8 +134,36 @@ def keyword_owners(captions, bag):
 # Tokenizer [2, 3]. CLIP's layout, whether trained here or read from CLIP's file: 256 byte symbols, the same 256 ending a
 # word ("</w>"), the merges, then start and end. `mask` is one id more, for masked language modelling: CLIP has none.
 
-# CLIP's pre-splitting with the standard library's `re`: contractions, letters, single digits, runs of other marks.
+# CLIP's pre-splitting with the standard library's `re`: contractions, letters, single digits, runs of other marks. Its `\w` counts
+# number signs such as a half or a Roman numeral among the letters; `split_words` parts them again.
 SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+# What open_clip's cleaning (the package ftfy) does to single characters: straight quotes, ligatures, full-width forms, control signs.
+LIGATURES = [*range(0x132, 0x134), 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)]
+CLEAN = {c: "'" for c in (0x2BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
+CLEAN |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (*LIGATURES, 0x3000, *range(0xFF01, 0xFFEF))} | {0x149: "'n", 0xFB05: "\u017ft"}
+CLEAN |= dict.fromkeys((*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
+
+
+def split_words(text):
+    """A text as CLIP sees it [2], cut into words: HTML entities resolved, characters cleaned, lower-case. list of str.
+
+    The same as open_clip's, but for one thing: text that was decoded wrongly ("mojibake") is not repaired."""
+    if "&" in text and "<" not in text:                   # ftfy's guess whether it is markup
+        text = html.unescape(text)
+    if not (text.isascii() and text.isprintable()):
+        text = unicodedata.normalize("NFC", text.translate(CLEAN))
+    if "&" in text:                                       # and open_clip's own, as often as captions are escaped twice
+        text = html.unescape(html.unescape(text))
+    words = SPLIT.findall(text.lower())
+    return words if text.isascii() else [part for word in words for part in _parts(word)]
+
+
+def _parts(word):                                         # one and a half, "x\u00bd" -> "x", "\u00bd"
+    if word.isalpha() or not word[0].isalnum():
+        return [word]
+    runs = [(alpha, list(run)) for alpha, run in itertools.groupby(word, str.isalpha)]
+    return [part for alpha, run in runs for part in (["".join(run)] if alpha else run)]
 
 
 def _byte_symbols():
@@ -162,9 +194,10 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, size):
         """Learn merges from an iterable of texts until `size` ids are reached or no pair occurs twice [3].
-        Each step joins the most frequent adjacent pair; only the words that hold it are touched."""
+        Each step joins the most frequent adjacent pair; only the words that hold it are touched, and pairs are kept by their
+        count, so that the most frequent is found without a search."""
         byte = _byte_symbols()
-        words = Counter(w for text in texts for w in SPLIT.findall(text.lower()))
+        words = Counter(w for text in texts for w in split_words(text))
         split = [[byte[b] for b in w.encode()] for w in words]
         for parts in split:
             parts[-1] += "</w>"
@@ -173,33 +206,47 @@ class Tokenizer:
             for pair in zip(parts, parts[1:]):
                 count[pair] += n
                 where[pair].add(i)
-        frequency, merges = list(words.values()), []
-        while len(merges) < size - 512 - 3 and count:
-            best = max(count, key=lambda p: (count[p], p))  # the pair itself breaks ties: the same corpus, the same merges
-            if count[best] < 2:
+        by_count = defaultdict(set)
+        for pair, n in count.items():
+            by_count[n].add(pair)
+        frequency, merges, top = list(words.values()), [], max(by_count, default=0)
+        while len(merges) < size - 512 - 3:
+            while top > 1 and not by_count[top]:
+                top -= 1
+            if top < 2:
                 break
+            best = max(by_count[top])  # the pair itself breaks ties: the same corpus, the same merges
             merges.append(best)
+            change = Counter()
             for i in list(where[best]):
                 for pair in zip(split[i], split[i][1:]):
-                    count[pair] -= frequency[i]
+                    change[pair] -= frequency[i]
                     where[pair].discard(i)
                 split[i] = _merge(split[i], best)
                 for pair in zip(split[i], split[i][1:]):
-                    count[pair] += frequency[i]
+                    change[pair] += frequency[i]
                     where[pair].add(i)
-            count = +count  # drops the pairs that are gone
+            for pair, n in change.items():
+                by_count[count[pair]].discard(pair)
+                count[pair] += n
+                by_count[count[pair]].add(pair)
+                top = max(top, count[pair])
         return cls(merges)
 
     @classmethod
     def from_clip(cls, path):
-        """CLIP's own vocabulary from its `bpe_simple_vocab_16e6.txt.gz` (49,408 ids; start 49406, end 49407)."""
+        """CLIP's own vocabulary (49,408 ids; start 49406, end 49407) from OpenAI's and open_clip's `bpe_simple_vocab_16e6.txt.gz`, or from
+        the `merges.txt` or `tokenizer.json` of a Hugging Face CLIP. Gives open_clip's ids (dev/LOG.md)."""
         try:
-            lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")
-        except OSError as e:
-            raise ValueError(f"{path} is not CLIP's gzipped merge list (bpe_simple_vocab_16e6.txt.gz): {e}") from e
-        merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # CLIP uses only the first 48,894
-        if any(len(m) != 2 for m in merges):
-            raise ValueError(f"{path} is not CLIP's merge list: a line does not hold two symbols")
+            raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
+            if str(path).endswith(".json"):
+                merges = [m.split() if isinstance(m, str) else m for m in json.loads(raw)["model"]["merges"]]
+            else:                                         # a heading, then a pair a line; CLIP uses only the first 48,894
+                merges = [line.split() for line in raw.decode().split("\n")[1 : 49152 - 256 - 2 + 1]]
+            if any(len(m) != 2 for m in merges) or len(merges) != 49152 - 256 - 2:
+                raise ValueError(f"{len(merges):,} merges of two symbols instead of 48,894")
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as e:
+            raise ValueError(f"{path} is not CLIP's merge list ({e}): give bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json") from e
         return cls(merges)
 
     def save(self, path):
@@ -219,7 +266,7 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids, without start and end."""
         ids = []
-        for word in SPLIT.findall(text.lower()):
+        for word in split_words(text):
             if word not in self._cache:
                 parts = [self.byte[b] for b in word.encode()]
                 parts[-1] += "</w>"

@@ -3,6 +3,7 @@ import gzip
 import json
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -75,7 +76,13 @@ def test_round_trip(line, tmp_path):
     t = text.Tokenizer.train([line, "papillary fronds and glands"] * 3, 600)
     t.save(tmp_path / "t.json")
     assert text.Tokenizer.load(tmp_path / "t.json").encode(line) == t.encode(line)
-    assert t.decode(t.encode(line)).replace(" ", "") == line.lower().replace(" ", "")
+    assert t.decode(t.encode(line)).replace(" ", "") == line.lower().replace(" ", "").replace("“", '"').replace("”", '"')
+
+
+def test_words_are_cut_as_open_clip_cuts_them():
+    """clip_words.json holds odd strings and the words open_clip 3.3 makes of them (ftfy, unescaping and its pattern)."""
+    for line, words in json.loads(Path(__file__).with_name("clip_words.json").read_text()):
+        assert text.split_words(line) == words, line
 
 
 def test_batch_starts_ends_cuts_and_pads():
@@ -94,6 +101,15 @@ def test_clip_layout(tmp_path):
     t = text.Tokenizer.from_clip(path)
     assert (t.start, t.end, t.mask, t.size) == (49406, 49407, 49408, 49409)
     assert t.encode("the in") == [512 + 3, t.id["i"], t.id["n</w>"]]  # "in" ends a word: "i n" does not apply
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": [m.split() for m in merges]}}))
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "tokenizer.json").write_text(json.dumps({"model": {"merges": merges}}))
+    for other in ("merges.txt", "tokenizer.json", "older/tokenizer.json"):
+        assert text.Tokenizer.from_clip(tmp_path / other).merges == t.merges
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges[:100]]))
+    with pytest.raises(ValueError, match="merges.txt is not CLIP's merge list .100 merges"):
+        text.Tokenizer.from_clip(tmp_path / "merges.txt")
     path.write_bytes(b"not gzip")
     with pytest.raises(ValueError, match="bpe.txt.gz is not CLIP"):
         text.Tokenizer.from_clip(path)
