@@ -387,11 +387,11 @@ def pyramid(images, b=4, nodes=None):
     b, S = {4: 1, 15: 2, 40: 3, 85: 4}[nodes.shape[1]], images.shape[3] // 8
     bag = torch.arange(len(images), device=images.device)[:, None]
     patches = torch.empty(len(images), nodes.shape[1], 3, S, S, device=images.device)
-    split = lambda x: x.split([b ** lev for lev in range(4)], 1)
+    parts = list(zip(*(x.split([b ** lev for lev in range(4)], 1) for x in (*place(nodes)[1:], patches))))   # rows, columns, patches by level
     # sums of bytes, divided only in the patches that are cut: 64 x 255 fits 16 bits, exactly, at a quarter of the cost of floats
     unit, wide = (1, images.dtype) if images.is_floating_point() else (255, torch.int16)
     for lev in (3, 2, 1, 0):
-        (_, row, col), part = place(split(nodes)[lev]), split(patches)[lev]                  # part [B, b^lev, 3, S, S]
+        row, col, part = parts[lev]                       # [B, b^lev], [B, b^lev], [B, b^lev, 3, S, S]
         if same:
             for j, (r, c) in enumerate(zip(row[0].tolist(), col[0].tolist())):
                 torch.div(images[..., r * S:r * S + S, c * S:c * S + S], unit, out=part[:, j])

@@ -8,13 +8,14 @@ Read in this order: keywords -> keyword_bag -> Tokenizer -> prompts -> the comma
 
     python text.py caption SHARDS --endpoint URL --model M # every patch described by a served model (captioner.py)
     python text.py keywords SHARDS                         # the textual bag of the first bags, to read with your own eyes
-    python text.py import captions.jsonl --shards SHARDS   # one caption per slide -> a caption line for every node
+    python text.py import captions.jsonl --shards SHARDS   # captions per slide, bag or image -> a caption line for every node
 
 References
 [1] MR-PLIP, CVPR 2025, section 3.2 (textual bags).  [2] Radford et al. 2021, CLIP (the tokenizer's pre-splitting).
 [3] Sennrich et al. 2016 (byte-pair encoding).       [4] Lu et al. 2023, MI-Zero / CONCH (prompt ensembles).
 """
 import argparse
+import csv
 import functools
 import gzip
 import html
@@ -350,32 +351,75 @@ def class_prompts(names, ensemble=True):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def import_captions(source, shards):
-    """One caption per slide -> a caption for every node of that slide's bags, marked `"source": "slide"`.
+def _read_captions(source):
+    """Yield (name, node or None, caption) of a JSON-lines file, a CSV with a heading, or a folder of JSON files, one per image, as the
+    authors' release writes them ({"Image", "Answer", ...}). ValueError names file and line."""
+    def read(file):
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not text in UTF-8: save it so, or leave it out") from None
 
-    source: JSON lines with `slide` (file name) and either `caption` or any of title_en, organ_en, note, joined in that
-    order. shards: folder of bags-*.tar. ValueError names the slides that have bags but no caption; nothing is written then."""
-    captions = {}
-    for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                parts = [row["caption"]] if "caption" in row else [row.get(k, "") for k in ("title_en", "organ_en", "note")]
-                captions[row["slide"]] = ". ".join(p.strip().rstrip(".") for p in parts if p and p.strip())
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f'{source}:{number}: expected a JSON object with "slide" and "caption": {e}') from e
+    def row(where, r):
+        try:
+            r = json.loads(r) if isinstance(r, str) else r
+            parts = [r.get(k) or "" for k in ("caption", "Answer", "title_en", "organ_en", "note")]
+            name = next(r[k] for k in ("key", "slide", "Image", "image", "file") if r.get(k))
+            node = int(r["node"]) if r.get("node") not in (None, "") else None
+            return Path(name).name, node, ". ".join(p.strip().rstrip(".") for p in parts if p.strip())
+        except (StopIteration, ValueError, TypeError, AttributeError):
+            raise ValueError(f'{where}: expected "key", "slide" or "image", a "caption", and perhaps a "node"') from None
+
+    path = Path(source)
+    if path.is_dir():
+        yield from (row(file, read(file)) for file in sorted(path.glob("*.json")))
+    elif path.suffix.lower() == ".csv":
+        yield from (row(f"{path}:{i}", r) for i, r in enumerate(csv.DictReader(read(path).splitlines()), 2))
+    else:
+        yield from (row(f"{path}:{i}", line) for i, line in enumerate(read(path).splitlines(), 1) if line.strip())
+
+
+def import_captions(source, shards):
+    """Captions made elsewhere -> bags-*.captions.jsonl beside the shards; returns how many shards.
+
+    source: see `_read_captions`. A name is that of a bag (its key), of an image of one node (`KEY_NODE.png`), or of a slide. What is
+    said of a node counts first, then what is said of its bag, then of its slide; the last two are told of every node and marked
+    `"source": "bag"` or `"slide"`. ValueError where a bag has no caption at all, or a name fits nothing; nothing is written then."""
     files = sorted(Path(shards).glob("bags-*.tar"))
     if not files:
         raise ValueError(f"{shards} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {shards}`")
     bags = {f: _bag_slides(f) for f in files}
-    lacking = sorted({slide for pairs in bags.values() for _, slide in pairs if not captions.get(slide)})
+    keys = {key for pairs in bags.values() for key, _ in pairs}
+    slides = {name: slide for pairs in bags.values() for _, slide in pairs for name in (Path(slide).stem, slide)}
+    captions, strangers = {}, []
+    for name, node, caption in _read_captions(source):
+        image = re.fullmatch(r"(.+)_(\d+)", Path(name).stem)
+        if image and image[1] in keys and node is None:
+            name, node = image[1], int(image[2])
+        name = name if name in keys else slides.get(name) or (Path(name).stem if Path(name).stem in keys else None)
+        if name is None or node is not None and not (name in keys and 0 <= node < 85):
+            strangers.append(name)
+        elif caption:
+            captions[name, node] = caption
+    lacking = [slide for pairs in bags.values() for key, slide in pairs
+               if not ((key, None) in captions or (slide, None) in captions or any((key, n) in captions for n in range(85)))]
     if lacking:
-        raise ValueError(f"{source} has no caption for {len(lacking)} slides that have bags ({', '.join(lacking[:3])}): add a line for each")
+        raise ValueError(f"{source} has no caption for {len(lacking)} bags of {len(set(lacking))} slides ({', '.join(sorted(set(lacking))[:3])}): add a line for each"
+                         + f"; {len(strangers)} of its names fit no bag" * bool(strangers))
+    for out in (file.with_suffix(".captions.jsonl") for file in bags):
+        first = out.read_text(encoding="utf-8").partition("\n")[0] if out.exists() else "{}"
+        if '"model"' in first:
+            raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
     for file, pairs in tqdm(bags.items(), desc="captions", unit="shard"):
+        lines = []
+        for key, slide in pairs:
+            for n in range(85):
+                named = [("image", (key, n)), ("bag", (key, None)), ("slide", (slide, None))]
+                if kind := next((kind for kind, name in named if name in captions), None):
+                    lines.append(json.dumps({"key": key, "node": n, "caption": captions[dict(named)[kind]], "source": kind}, ensure_ascii=False))
         out = file.with_suffix(".captions.jsonl")
         temporary = Path(f"{out}.tmp")
-        temporary.write_text("".join(json.dumps({"key": key, "node": n, "caption": captions[slide], "source": "slide"}) + "\n"
-                                     for key, slide in pairs for n in range(85)), encoding="utf-8")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         os.replace(temporary, out)
     return len(files)
 
@@ -421,8 +465,8 @@ def main():
     c.add_argument("--concurrency", type=int, default=32, help="questions at a time (%(default)s)")
     c.add_argument("--max-tokens", type=int, default=256, help="longest answer (%(default)s)")
     c.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer (%(default)s)")
-    i = commands.add_parser("import", help="one caption per slide (JSON lines) -> captions of all its nodes")
-    i.add_argument("source")
+    i = commands.add_parser("import", help="captions made elsewhere -> captions of all nodes")
+    i.add_argument("source", help="JSON lines or CSV of key, slide or image, and caption; or a folder of JSON files, one per image")
     i.add_argument("--shards", required=True, help="folder of bags-*.tar")
     args = parser.parse_args()
     if args.command == "keywords":

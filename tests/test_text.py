@@ -124,13 +124,30 @@ def test_import_one_caption_per_slide(tmp_path):
             tar.addfile(info, io.BytesIO(payload))
     source = tmp_path / "slides.jsonl"
     source.write_text('{"slide": "b.tif", "caption": "fat"}\n')
-    with pytest.raises(ValueError, match="slides.jsonl has no caption for 1 slides.*a.tif"):
+    with pytest.raises(ValueError, match="slides.jsonl has no caption for 1 bags of 1 slides .a.tif.*; 1 of its names fit no bag"):
         text.import_captions(source, tmp_path)
     assert not list(tmp_path.glob("*.captions.jsonl"))
     source.write_text('{"slide": "a.tif", "title_en": "Endometriosis", "organ_en": "", "note": "in the wall."}\n')
     text.import_captions(source, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "bags-000000.captions.jsonl").read_text().splitlines()]
     assert len(rows) == 85 and rows[84] == {"key": "k-0", "node": 84, "caption": "Endometriosis. in the wall", "source": "slide"}
+    more = tmp_path / "more.csv"                          # the nearest counts: the image's, the bag's, the slide's
+    more.write_text("image,caption,node\nk-0_17.png,one node,\nsome/k-0.jpg,\"a bag, all of it\",\na.tif,a slide,\nk-0,by number,20\n", encoding="utf-8-sig")
+    text.import_captions(more, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "bags-000000.captions.jsonl").read_text().splitlines()]
+    assert {r["node"]: (r["caption"], r["source"]) for r in rows} == {n: ("a bag, all of it", "bag") for n in range(85)} | {
+        17: ("one node", "image"), 20: ("by number", "image")}
+    release = tmp_path / "release"                        # a JSON file per image, as the authors' script leaves them
+    release.mkdir()
+    for n in (0, 84):
+        (release / f"{n}.json").write_text(json.dumps({"Image": f"/data/k-0_{n}.jpg", "prompt": "p", "Answer": f"The image {n}.", "model_id": "m"}))
+    text.import_captions(release, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "bags-000000.captions.jsonl").read_text().splitlines()]
+    assert [(r["node"], r["caption"]) for r in rows] == [(0, "The image 0"), (84, "The image 84")]
+    (tmp_path / "bags-000000.captions.jsonl").write_text('{"key": "k-0", "node": 0, "caption": "x", "model": "m", "prompt": "p"}\n')
+    with pytest.raises(ValueError, match="holds captions that a model was asked for"):
+        text.import_captions(more, tmp_path)
+    (tmp_path / "bags-000000.captions.jsonl").unlink()
     source.write_text("{broken")
     with pytest.raises(ValueError, match="slides.jsonl:1"):
         text.import_captions(source, tmp_path)
