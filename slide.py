@@ -47,6 +47,8 @@ class Page:
 def _tiff(path):
     """Aperio SVS, pyramidal TIFF and BigTIFF, OME-TIFF, Philips TIFF, Leica SCN, Hamamatsu NDPI: all are TIFFs to tifffile."""
     tif = tifffile.TiffFile(path)
+    if not len(tif.pages):                               # the directory of a TIFF often stands at its end
+        raise EOFError("is truncated (its directory is missing)")
     if tif.pages.first.is_bif:
         raise NotImplementedError(FOREIGN[".bif"])       # its tiles overlap and run in a serpentine: read plainly, it looks torn
     # Aperio tiles its levels and nothing else (thumbnail, label, macro are strips); elsewhere the slide is the largest series

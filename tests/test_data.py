@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -143,9 +144,11 @@ def test_bad_files_say_what_to_do(tmp_path):
     (tmp_path / "text.svs").write_text("no slide")
     good = write(tmp_path / "good.svs", picture(), compression=None)
     (tmp_path / "cut.svs").write_bytes(Path(good).read_bytes()[:-1000])
+    (tmp_path / "half.svs").write_bytes(Path(good).read_bytes()[:len(Path(good).read_bytes()) // 2])
+    (tmp_path / "early.svs").write_bytes(struct.pack("<2sHI", b"II", 42, 10 ** 6) + bytes(5000))       # cut before its directory
     with tifffile.TiffWriter(tmp_path / "grey.tif") as tif:
         tif.write(np.zeros((64, 64), np.uint8))
-    for name, words in (("missing.svs", "no such file"), ("text.svs", "convert it"), ("cut.svs", "truncated|damaged"), ("grey.tif", "not 8-bit RGB but 1 x uint8")):
+    for name, words in (("missing.svs", "no such file"), ("text.svs", "convert it"), ("cut.svs", "truncated"), ("half.svs", "truncated"), ("early.svs", "truncated .its directory is missing.: copy it again"), ("grey.tif", "not 8-bit RGB but 1 x uint8")):
         with pytest.raises((ValueError, OSError), match=f"{name}.*({words})") as e:
             data.Slide(tmp_path / name, mpp=0.25)
         assert "\n" not in str(e.value)
