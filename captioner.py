@@ -11,14 +11,14 @@ shard belongs to the one that has locked its file. A key in the environment vari
 
 Outline: what is to be asked | one question | many questions at once | a folder.          [1] MR-PLIP, CVPR 2025 (arXiv 2504.18856)
 """
-import base64, fcntl, http.client, json, os, queue, random, re, signal, sys, tarfile, threading, time
+import base64, fcntl, http.client, json, os, queue, random, re, signal, tarfile, threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import imagecodecs
 from tqdm import tqdm
 
-from slide import LEVELS, MAGS, NODES, level, place, resize
+from slide import LEVELS, MAGS, NODES, place, resize, valid_nodes
 
 PROMPT = "describe the main features visible in this histopathology image"     # [1], its figure 2
 # What a model says instead of describing; a caption never starts like that.
@@ -27,16 +27,15 @@ PAUSES = (0.5, 1, 2, 4, 8, 16, 30, 60)                   # seconds before asking
 
 # ---------------------------------------------------------------- what is to be asked
 
-def nodes_to_ask(meta, levels, min_node=0.1):
-    """The nodes of a bag (its json) at the magnifications `levels` that are truly in the slide and hold tissue: BagDataset's `valid`."""
-    there = [MAGS[level(n)] in meta["levels"] and MAGS[level(n)] in levels and meta["tissue"][n] >= min_node for n in range(NODES)]
-    return [n for n in range(NODES) if there[n]]
+def bag_metas(shard):
+    """{key: json} of the bags of a shard."""
+    with tarfile.open(shard) as tar:
+        return {m.name[:-5]: json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith(".json")}
 
 def wanted_nodes(shard, levels):
-    """All (key, node) of a shard that are to have a caption."""
-    with tarfile.open(shard) as tar:
-        bags = {m.name[:-5]: json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith(".json")}
-    return {(key, n) for key, meta in bags.items() for n in nodes_to_ask(meta, levels)}
+    """All (key, node) of a shard that are to have a caption: BagDataset's `valid` at the magnifications `levels`."""
+    asked = lambda meta: valid_nodes([mag in meta["levels"] and mag in levels for mag in MAGS], meta["tissue"])
+    return {(key, n) for key, meta in bag_metas(shard).items() for n in asked(meta).nonzero()[0].tolist()}
 
 def patches(shard, wanted):
     """Yield (key, node, JPEG bytes) for every (key, node) in the set `wanted`, in order; each bag is decoded once."""
@@ -96,9 +95,7 @@ class Server:
             names = [m["id"] for m in json.loads(data)["data"]] if status == 200 else []
         except (ValueError, KeyError, TypeError):
             names = []
-        if status == 404 and not names:                  # the path is wrong, or a server without this list: the first question will tell
-            return
-        if names and self.model not in names:
+        if names and self.model not in names:            # a server without this list, or a wrong path: the first question will tell
             raise ValueError(f"{self.endpoint} does not serve --model {self.model}; it serves {', '.join(names)}")
 
     def ask(self, jpeg):

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from slide import (LEVELS, MAGS, NODES, PICTURES, SUFFIXES, Slide, children, choose_parents, inspect, level, mpp_of, parent, place, preview,
-                   resize, square, thumbnail, tissue_fraction, tissue_mask)
+                   resize, square, thumbnail, tissue_fraction, tissue_mask, valid_nodes)
 
 # ---------------------------------------------------------------- tiling: slides -> tar shards
 
@@ -233,8 +233,7 @@ def read_jsonl(path):
 class BagDataset(torch.utils.data.Dataset):
     """All bags of a folder of shards, in order of shard; ds[i] -> dict(key, slide, index, image uint8 [3,8S,8S], valid bool [85]).
 
-    valid: magnification truly in the slide and at least `min_node` tissue (captioners invent things on blank glass). A bag is
-    one JPEG, found by its offset, and so is each caption: nothing is loaded but what is asked for, in any order. Where things
+    valid: see slide.valid_nodes. A bag is one JPEG, found by its offset, and so is each caption: nothing is loaded but what is asked for, in any order. Where things
     are is kept in `index.npz`, made when the folder is first opened, which also checks it: a truncated shard or a valid node
     without a caption is a ValueError naming the file. .keys, .slides [n] names, .S the patch side, .valid bool [n,85]."""
 
@@ -244,7 +243,7 @@ class BagDataset(torch.utils.data.Dataset):
         self.shards = [self.folder / name for name in index["shards"].tolist()]
         self.keys, self.slides, self.S = index["keys"].tolist(), index["slides"].tolist(), int(index["S"])
         self._shard, self._spot, self._caption = index["shard"], index["spot"], index["caption"]
-        there = (index["tissue"] >= min_node) & index["levels"][:, level(np.arange(NODES))]
+        there = valid_nodes(index["levels"], index["tissue"], min_node)
         self.valid = torch.from_numpy(there)
         if captions and (lack := there & (self._caption < 0)).any():
             i, n = np.argwhere(lack)[0]

@@ -371,6 +371,11 @@ def square(n, x, y, side):
     lev, row, col = place(n)
     return x + col * side // 2 ** lev, y + row * side // 2 ** lev, side // 2 ** lev
 
+def valid_nodes(levels, tissue, min_node=0.1):
+    """Which nodes count: levels bool [..., 4] (5x, 10x, 20x, 40x truly in the slide), tissue float [..., 85] -> bool [..., 85]. Nodes of
+    less than `min_node` tissue do not: captioners invent things on blank glass."""
+    return (np.asarray(tissue) >= min_node) & np.asarray(levels)[..., level(np.arange(NODES))]
+
 # ---------------------------------------------------------------- which parents
 
 def choose_parents(slide, fov_px=512, parents=20, min_tissue=0.5, seed=0):

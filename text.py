@@ -24,7 +24,6 @@ import json
 import os
 import re
 import sys
-import tarfile
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -384,11 +383,11 @@ def import_captions(source, shards):
 
     source: see `_read_captions`. A name is that of a bag (its key), of an image of one node (`KEY_NODE.png`), or of a slide. What is
     said of a node counts first, then what is said of its bag, then of its slide; the last two are told of every node and marked
-    `"source": "bag"` or `"slide"`. ValueError where a bag has no caption at all, or a name fits nothing; nothing is written then."""
+    `"source": "bag"` or `"slide"`. ValueError where a bag has no caption at all; nothing is written then."""
     files = sorted(Path(shards).glob("bags-*.tar"))
     if not files:
         raise ValueError(f"{shards} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {shards}`")
-    bags = {f: _bag_slides(f) for f in files}
+    bags = {f: [(key, meta["slide"]) for key, meta in captioner.bag_metas(f).items()] for f in files}
     keys = {key for pairs in bags.values() for key, _ in pairs}
     slides = {name: slide for pairs in bags.values() for _, slide in pairs for name in (Path(slide).stem, slide)}
     captions, strangers = {}, []
@@ -406,10 +405,10 @@ def import_captions(source, shards):
     if lacking:
         raise ValueError(f"{source} has no caption for {len(lacking)} bags of {len(set(lacking))} slides ({', '.join(sorted(set(lacking))[:3])}): add a line for each"
                          + f"; {len(strangers)} of its names fit no bag" * bool(strangers))
-    for out in (file.with_suffix(".captions.jsonl") for file in bags):
-        first = out.read_text(encoding="utf-8").partition("\n")[0] if out.exists() else "{}"
-        if '"model"' in first:
-            raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
+    for out in (out for file in bags if (out := file.with_suffix(".captions.jsonl")).exists()):
+        with open(out, encoding="utf-8") as f:
+            if '"model"' in f.readline():
+                raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
     for file, pairs in tqdm(bags.items(), desc="captions", unit="shard"):
         lines = []
         for key, slide in pairs:
@@ -422,12 +421,6 @@ def import_captions(source, shards):
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         os.replace(temporary, out)
     return len(files)
-
-
-def _bag_slides(shard):
-    """[(key, slide name)] of a shard."""
-    with tarfile.open(shard) as tar:
-        return [(m.name[:-5], json.load(tar.extractfile(m))["slide"]) for m in tar if m.name.endswith(".json")]
 
 
 def print_keywords(shards, bags, size):
