@@ -119,7 +119,7 @@ class Server:
                     wait = min(int(after), 300)
             except (OSError, http.client.HTTPException) as e:
                 reason = f"no answer ({type(e).__name__}: {e})"
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError) as e:
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as e:
                 reason = f"garbage ({type(e).__name__})"
             if pause is None or self.stop.wait(wait * random.uniform(0.75, 1.25)):          # all threads must not come back at once
                 raise ValueError(reason)

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import data
 import model as networks
+import prompts
 import text
 
-FACTS = tuple(text.PROMPTS)
+FACTS = tuple(prompts.BUILT_IN)
 LEVEL = np.array([data.level(n) for n in range(data.NODES)])  # [N] 0..3
 MAG_NAMES = tuple(f"{m}x" for m in data.MAGS)
 
@@ -94,13 +95,13 @@ def embed_texts(model, tokenizer, texts, at_once=256):
 
 def class_weights(model, tokenizer, names, ensemble=True):
     """One unit vector per class [C, d]: the mean of its prompts' embeddings, normalised again [3]. names: per class a tuple."""
-    means = [embed_texts(model, tokenizer, text.class_prompts(alternatives, ensemble)).mean(0) for alternatives in names]
+    means = [embed_texts(model, tokenizer, prompts.class_prompts(alternatives, ensemble)).mean(0) for alternatives in names]
     return F.normalize(torch.stack(means), dim=-1)
 
 
 def labels_of(bags, indices, fact):
     """Ground truth [G, N]: class number, or -1 where the fact is not defined (no tumour) or no truth file is there."""
-    names = {name: c for c, name in enumerate(text.PROMPTS[fact])}
+    names = {name: c for c, name in enumerate(prompts.BUILT_IN[fact])}
     y = np.full((len(indices), data.NODES), -1)
     for g, i in enumerate(indices):
         for n, row in enumerate(bags.truth(i) or []):
@@ -143,9 +144,9 @@ def zeroshot(model, tokenizer, bags, feats, train):
         y = labels_of(bags, feats["index"], fact)
         if not (y >= 0).any():
             continue
-        C = len(text.PROMPTS[fact])
+        C = len(prompts.BUILT_IN[fact])
         for mode in ("ensemble", "single"):
-            W = class_weights(model, tokenizer, text.PROMPTS[fact].values(), mode == "ensemble")
+            W = class_weights(model, tokenizer, prompts.BUILT_IN[fact].values(), mode == "ensemble")
             node = (feats["v"] @ W.T).argmax(-1).numpy()                                                 # [G, N]
             row = {"patch": {}, "bag": {}}
             for lev, mag in enumerate(MAG_NAMES):
@@ -170,7 +171,7 @@ def slide_zeroshot(model, tokenizer, bags, feats, train, fact="diagnosis", js=(1
     """MI-Zero [2]: the score of a class on a slide is the mean of its j best patches; argmax over classes. Per magnification
     and for their centred sum, for every j (clipped to the patches there are). -> dict mag -> j -> `scores`.
     A slide's truth is the one its patches agree on most."""
-    W, C = class_weights(model, tokenizer, text.PROMPTS[fact].values()), len(text.PROMPTS[fact])
+    W, C = class_weights(model, tokenizer, prompts.BUILT_IN[fact].values()), len(prompts.BUILT_IN[fact])
     y = labels_of(bags, feats["index"], fact)
     slides = {}
     for g, i in enumerate(feats["index"]):
@@ -267,9 +268,9 @@ def probe(bags, feats, train_bags, train, most=3000, seed=0):
             x, y = train["backbone"][use0], y0[use0]
             keep = torch.from_numpy(rng.permutation(len(x))[:most])
             mean, std = x[keep].mean(0), x[keep].std(0) + 1e-6
-            W, b = fit_probe((x[keep] - mean) / std, y[keep], len(text.PROMPTS[fact]))
+            W, b = fit_probe((x[keep] - mean) / std, y[keep], len(prompts.BUILT_IN[fact]))
             p = (((feats["backbone"][use1] - mean) / std) @ W.T + b).argmax(1)
-            out.setdefault(fact, {})[mag] = scores(y1[use1].numpy(), p.numpy(), len(text.PROMPTS[fact]))
+            out.setdefault(fact, {})[mag] = scores(y1[use1].numpy(), p.numpy(), len(prompts.BUILT_IN[fact]))
     return out
 
 
@@ -425,10 +426,10 @@ def report(run, test, train, device="cpu", only=None, most=300):
         slide = Path(test).parent / "slides" / Path(test).name / bags.slides[feats["index"][0]]  # the built-in world keeps its slides there
         if labelled and slide.exists():
             truth = {fact: next((r[fact] for r in bags.truth(feats["index"][0]) if r[fact]), None) for fact in FACTS}
-            asked = [(text.PROMPTS[fact][name][0], lev) for fact, lev in (("architecture", 0), ("cytology", 2)) if (name := truth[fact])]
+            asked = [(prompts.BUILT_IN[fact][name][0], lev) for fact, lev in (("architecture", 0), ("cytology", 2)) if (name := truth[fact])]
             heatmap(model, tokenizer, slide, asked + [("stroma only", 2)], Path(run) / "heatmap.png", fov_px=bags.S)
             print(f"wrote {run}/heatmap.png")
-        queries = [names[0] for fact in ("architecture", "cytology") for names in text.PROMPTS[fact].values()] if labelled else \
+        queries = [names[0] for fact in ("architecture", "cytology") for names in prompts.BUILT_IN[fact].values()] if labelled else \
             sorted({c for i in range(len(bags)) for c in bags.captions(i) if c})[:9]
         retrieval_sheet(model, tokenizer, bags, feats, queries, Path(run) / "retrieval.png")
         print(f"\nwrote {run}/results.json, {run}/retrieval.png")

@@ -1,72 +1,100 @@
-"""Words: caption files, keyword bags, a byte-level BPE tokenizer and class prompts.
+"""Words: captions of patches, the keywords in them, and the files that hold both.
 
 A patch has a caption; the captions of a bag's 85 patches give one *textual bag* of keywords, against which CVTA
 (losses.py) aligns every patch. The paper does not say what a keyword is; its figure shows short noun phrases shared by
 all four magnifications ("lymph node", "round nuclei"), and that is what `keywords` extracts.
 
-Read in this order: keywords -> keyword_bag -> Tokenizer -> prompts -> the command line.
+Read in this order: keywords -> keyword_bag -> count_corpus -> caption files -> the command line.
 
     python text.py caption SHARDS --endpoint URL --model M # every patch described by a served model (captioner.py)
-    python text.py keywords SHARDS                         # the textual bag of the first bags, to read with your own eyes
     python text.py import captions.jsonl --shards SHARDS   # captions per slide, bag or image -> a caption line for every node
+    python text.py keywords SHARDS                         # count the corpus; print textual bags, to read with your own eyes
 
-References
-[1] MR-PLIP, CVPR 2025, section 3.2 (textual bags).  [2] Radford et al. 2021, CLIP (the tokenizer's pre-splitting).
-[3] Sennrich et al. 2016 (byte-pair encoding).       [4] Lu et al. 2023, MI-Zero / CONCH (prompt ensembles).
+Beside it: tokenizer.py (text to numbers), prompts.py (the names of classes), captioner.py (the client of a served model).
+
+References: [1] MR-PLIP, CVPR 2025, section 3.2 (textual bags).   [2] Chapman et al. 2001, "A simple algorithm for identifying
+negated findings" (NegEx): denials are found by trigger phrases and reach to the end of their clause or list.
 """
 import argparse
 import csv
 import functools
-import gzip
-import html
-import itertools
 import json
+import math
 import os
 import re
 import sys
-import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import captioner
+from data import read_jsonl
+from tokenizer import Tokenizer, trim  # noqa: F401  (the other scripts say text.Tokenizer)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Keywords [1]: runs of content words. A word is dropped when it is grammar, when it is captioner's boilerplate
-# ("The image primarily showcases ..."), or when it is a hedge or a judgement that no pixel shows.
+# Keywords [1]: runs of content words between stop words. No tagger and no dictionary of medicine: what is not known to say
+# nothing may say something.
 
+# Words that end a run: grammar, the captioner's own phrases ("The image primarily showcases ..."), hedges, verbs, measures.
 STOP_WORDS = frozenset("""
 a an the this that these those its it they them their there here which who whose what where when while as also and or but
-nor if then than so such both either each every all any some most more less few several many much other another same own
+nor if then than so such both either each every all any some most more less few several many much other another same own only
 of in on at by for from to into onto with within between among amongst along across over under around about through
-throughout near next against toward towards up down out off per via
+throughout near next against toward towards up down out off per via together due because
 is are was were be been being am has have had having do does did can could may might must shall should will would
-not no without
-very quite rather somewhat mainly mostly primarily predominantly largely overall generally typically often usually
-possibly probably likely appear appears appearing appearance seem seems
-we i you he she one two three four five
+no not without very quite rather somewhat mainly mostly primarily predominantly largely overall generally typically often
+usually possibly probably likely potentially commonly approximately appear appears appearing appearance seem seems
+we i you he she one two three four five six
 
 image images photomicrograph photomicrographs micrograph micrographs picture photo photograph field fields view views
 slide slides section sections specimen sample region regions area areas patch patches part parts histopathology histopathological
-histology histologic histological microscopic microscopically microscopy magnification power
-show shows showing shown showcase showcases showcasing display displays displaying demonstrate demonstrates demonstrating
+histology histologic histological microscopic microscopically microscopy magnification power resolution panel inset arrow arrows
+arrowhead arrowheads circle circled scale bar top bottom left right upper lower middle corner
+show shows showing shown showcase showcases showcasing display displays displaying displayed demonstrate demonstrates demonstrating
 reveal reveals revealing depict depicts depicting illustrate illustrates exhibit exhibits exhibiting contain contains
 containing include includes including feature features featuring characterize characterized characterise characterised
-see sees seen observe observed observing note noted identify identified present presence visible evident notable
-arrange arranged arrangement set composed consist consists consisting made form forms forming formed
-suggest suggests suggesting suggestive indicate indicates indicating indicative consistent compatible diagnosis diagnostic
-finding findings impression favour favours favor favors case likely seem feature pattern patterns
-h e he hematoxylin haematoxylin eosin stain stained staining
+characteristic characteristics describe described see sees seen observe observed observing note noted identify identified present
+presence visible evident evidence notable found highlight highlights highlighted indicate indicates indicating indicative
+arrange arranged arrangement set composed comprise comprises consist consists consisting made form forms forming formed
+involve involves involving invade invades invading proliferate proliferates grow grows growing extend extends
+extending surround surrounds separate separates separated line lines fill fills filling cause causes causing lead leads constitute constitutes
+equal least largest whole according suggest suggests suggesting suggestive reminiscent consistent compatible diagnosis diagnostic represent represents point points
+finding findings impression favour favours favor favors case cases pattern patterns manner main key prominent prominently interest
+h e haematoxylin hematoxylin eosin stain stains stained staining
+
+mm cm um µm μm nm mpp micron microns micrometer micrometers millimeter millimeters centimeter centimeters dimension hpf hpfs percent
+measure measures measured measuring
+""".split()) - {"prominent"}
+
+# Words that say something only beside others: "medium-sized ducts" is a finding, "medium-sized" is none.
+LONE_WORDS = frozenset("""
+large small medium sized size big high low higher lower increased decreased abundant scant scattered dense loose mild moderate severe
+marked prominent extensive focal diffuse multiple numerous single occasional minimal substantial strong limited irregular regular round
+oval elongated enlarged uniform variable variability variation varying various different similar normal abnormal typical
+pink purple blue dark pale light white red clear bright color colour background well poor highly slightly partial superficial deep
+cell tissue structure shape shaped type kind group grade degree level amount number distribution rate component population element
+invasive infiltrate infiltrating proliferate proliferating proliferative aligned associated located attached adjacent fused disrupted classified classification
+mass total percentage index
 """.split())
 
-# A finding that is denied must not become a keyword: the words from a negation to the end of its clause are dropped.
-NEGATION = re.compile(r"\b(?:no|not|without|absence of|absent|negative for|lacks?|lacking|free of|neither|never)\b.*")
-CLAUSE = re.compile(r"[.,;:!?()\[\]\n]|\bbut\b|\balthough\b|\bhowever\b|\bwhile\b|\bwhereas\b")
-WORD = re.compile(r"[a-z][a-z\-']*[a-z]|[a-z]")
+# A word that is a measure and not a finding: "20", "40x", "2.5", "pt2", "g3", "ii/iii". A marker (cd20, p53, ki-67) is a finding.
+MEASURE = re.compile(r"\d.*|(?:p?[tnm]|g)\d[a-d]?|[ivx]+(?:/[ivx]+)*")
+WORD = re.compile(r"in situ\b|[^\W_]+(?:[/-][^\W_]+)*")
+SENTENCE = re.compile(r"[.;:!?\n](?!\d)|\b(?:but|although|though|however|while|whereas|except)\b")
+SEGMENT = re.compile(r"[,()\[\]\"\u201c\u201d]")
+
+# What a captioner says about itself, not about the picture: such a sentence is passed over.
+REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)? correlat|\b(?:is|are) (?:advised|recommended|important)\b"
+                    r"|\b(?:cannot|can not|could not) be (?:excluded|ruled|determined)|\bplease\b|\bas an ai\b|\badditional (?:information|context)")
+
+# Denials [2]: from here to the end of the clause nothing is seen ("no evidence of necrosis"), or this clause says that its subject is not
+# ("mitoses are not identified").
+DENIAL = re.compile(r"\b(?:no|not(?! only| just)|without|absence of|absent|negative for|lack of|lacks?|lacking|free of|devoid of|neither|never|nor"
+                    r"|rather than|instead of|rules? out|ruling out|excludes?|excluding)\b")
+DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could)\s?(?:not(?! only| just)\b|absent\b|lacking\b|never\b)|\bunlikely\b")
+VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed|noted|found)\b")
 
 IRREGULAR = {"nuclei": "nucleus", "nucleoli": "nucleolus", "papillae": "papilla", "trabeculae": "trabecula", "lumina": "lumen",
              "lumens": "lumen", "septa": "septum", "mitoses": "mitosis", "metastases": "metastasis", "villi": "villus",
@@ -89,22 +117,60 @@ def singular(word):
 
 
 @functools.lru_cache(maxsize=200_000)
+def same(keyword):
+    """What two spellings of one keyword have in common: words in any order, hyphens and British letters folded. Not to be read:
+    "signet-ring cells" and "signet ring cell" -> "cell ring signet"; "tumour oedema" -> "edema tumor"."""
+    keyword = re.sub(r"our(?=s?\b)", "or", keyword.replace("-", " ").replace("ae", "e").replace("oe", "e").replace("isation", "ization"))
+    return " ".join(sorted(re.sub(r"([bt])re\b", r"\1er", keyword).split()))
+
+
+def _affirmed(sentence):
+    """The parts of a sentence that its speaker affirms. A denied list ("no atypia, necrosis, or mitoses") is denied to its end."""
+    parts, denied = SEGMENT.split(sentence), ""
+    for i, part in enumerate(parts):
+        if denied and not VERB.search(part):
+            denied = "" if denied == "list" and re.search(r"\b(?:or|nor)\b", part) else denied  # the last of the list
+            continue
+        if denied == "subject":                           # "No atypia, necrosis, and mitoses are seen": here the verb is
+            denied = ""
+            continue
+        denied = ""
+        if DENIED.search(part):
+            continue
+        if found := DENIAL.search(part):
+            yield part[: found.start()]
+            if not VERB.search(part[found.end() :]):
+                if not part[: found.start()].strip() and found[0] in ("no", "neither"):
+                    denied = "subject"
+                elif any(re.search(r"\b(?:or|nor)\b", later) and not VERB.search(later) for later in parts[i + 1 :]):
+                    denied = "list"
+        else:
+            yield part
+
+
+@functools.lru_cache(maxsize=200_000)
 def _keywords(caption, longest):
-    found = {}  # a dict keeps the order of first mention
-    for clause in CLAUSE.split(caption.lower()):
-        run = []
-        for word in WORD.findall(NEGATION.sub("", clause)) + [""]:  # "" closes the last run
-            if word and word not in STOP_WORDS:
-                run.append(singular(word))
-            elif run:
-                found.setdefault(" ".join(run[-longest:]))  # English puts the head of a noun phrase last
+    found = {}                                            # a dict keeps the order of first mention
+    for sentence in SENTENCE.split(re.sub(r"['\u2019]s\b", "", caption.lower())):
+        for part in () if REMARK.search(sentence) else _affirmed(sentence):
+            run = []
+            for word in [*WORD.findall(part), ""]:        # "" closes the last run
+                if word and word not in STOP_WORDS and not MEASURE.fullmatch(word):
+                    run.append(singular(word))
+                    continue
+                while run and run[-1] in ("infiltrating", "proliferating", "aligned", "associated"):
+                    run.pop()                             # verbs here, adjectives before a noun
+                phrase = " ".join(run[-longest:])         # English puts the head of a noun phrase last
+                words = re.split("[ -]", phrase)          # "clear cell" says something, "clear" and "cell" and "clear structure" do not
+                if len(phrase) > 2 and (words[1:] and words[-1] == "cell" or not all(w in LONE_WORDS or w.endswith("ly") for w in words)):
+                    found.setdefault(same(phrase), phrase)
                 run = []
-    return tuple(k for k in found if len(k) > 2)
+    return tuple(found.values())
 
 
 def keywords(caption, longest=4):
     """The noun-phrase-like keywords of one caption: list of distinct lower-case phrases of 1..`longest` words, in order
-    of mention, plurals folded, denied findings dropped.
+    of mention, plurals folded; denied findings, measures and remarks dropped.
 
     >>> keywords("The image shows tubular glands in a fibrous stroma, without necrosis.")
     ['tubular gland', 'fibrous stroma']
@@ -112,240 +178,78 @@ def keywords(caption, longest=4):
     return list(_keywords(caption or "", longest))
 
 
-def keyword_bag(captions, size=128):
-    """The textual bag of one visual bag: captions (list of str or None, one per node) -> at most `size` keywords, most
-    frequent first (number of captions naming it), ties in order of first mention. Deterministic."""
-    count = Counter()
+def keyword_bag(captions, size=128, corpus=None):
+    """The textual bag of one visual bag: captions (list of str or None, one per node) -> at most `size` keywords, of which no two
+    are the `same`. Deterministic.
+
+    Without a corpus the keywords that most captions name come first. With one (`count_corpus`), those that tell this bag from
+    others: named by n captions where n' were to be expected, a keyword scores n ln(1 + n / n'). What every bag says of itself
+    (a fold, a vessel, poor focus) then ranks behind what is said here. Ties in order of first mention."""
+    count, first, told = Counter(), {}, 0
     for caption in captions:
-        count.update(keywords(caption))
-    return [k for k, _ in count.most_common(size)]
+        found = keywords(caption)
+        told += caption is not None and caption != ""
+        for k in found:
+            first.setdefault(same(k), k)
+        count.update(map(same, found))
+    score = count
+    if corpus:
+        expect = told / max(1, corpus["captions"])        # a keyword the corpus no longer knows was named once
+        score = {s: n * math.log1p(n / (expect * corpus["count"].get(s, 1))) for s, n in count.items()}
+    return [first[s] for s in sorted(count, key=lambda s: -score[s])[:size]]
 
 
 def keyword_owners(captions, bag):
     """Which node's own caption names which keyword: bool[len(captions), len(bag)]. The warm-up of CVTA trusts it."""
-    column = {k: i for i, k in enumerate(bag)}
+    column = {same(k): i for i, k in enumerate(bag)}
     own = np.zeros((len(captions), len(bag)), bool)
     for n, caption in enumerate(captions):
-        own[n, [column[k] for k in keywords(caption) if k in column]] = True
+        own[n, [column[s] for s in map(same, keywords(caption)) if s in column]] = True
     return own
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer [2, 3]. CLIP's layout, whether trained here or read from CLIP's file: 256 byte symbols, the same 256 ending a
-# word ("</w>"), the merges, then start and end. `mask` is one id more, for masked language modelling: CLIP has none.
-
-# CLIP's pre-splitting with the standard library's `re`: contractions, letters, single digits, runs of other marks. Its `\w` counts
-# number signs such as a half or a Roman numeral among the letters; `split_words` parts them again.
-SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
-
-# What open_clip's cleaning (the package ftfy) does to single characters: straight quotes, ligatures, full-width forms, control signs.
-LIGATURES = [*range(0x132, 0x134), 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)]
-CLEAN = {c: "'" for c in (0x2BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
-CLEAN |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (*LIGATURES, 0x3000, *range(0xFF01, 0xFFEF))} | {0x149: "'n", 0xFB05: "\u017ft"}
-CLEAN |= dict.fromkeys((*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
-
-
-def split_words(text):
-    """A text as CLIP sees it [2], cut into words: HTML entities resolved, characters cleaned, lower-case. list of str.
-
-    The same as open_clip's, but for one thing: text that was decoded wrongly ("mojibake") is not repaired."""
-    if "&" in text and "<" not in text:                   # ftfy's guess whether it is markup
-        text = html.unescape(text)
-    if not (text.isascii() and text.isprintable()):
-        text = unicodedata.normalize("NFC", text.translate(CLEAN))
-    if "&" in text:                                       # and open_clip's own, as often as captions are escaped twice
-        text = html.unescape(html.unescape(text))
-    words = SPLIT.findall(text.lower())
-    return words if text.isascii() else [part for word in words for part in _parts(word)]
-
-
-def _parts(word):                                         # one and a half, "x\u00bd" -> "x", "\u00bd"
-    if word.isalpha() or not word[0].isalnum():
-        return [word]
-    runs = [(alpha, list(run)) for alpha, run in itertools.groupby(word, str.isalpha)]
-    return [part for alpha, run in runs for part in (["".join(run)] if alpha else run)]
-
-
-def _byte_symbols():
-    """One printable character per byte, so that merges can be written to a text file. Printable Latin-1 characters stand
-    for themselves, the other 68 bytes for characters from U+0100 on: the table of GPT-2, which CLIP's file presumes."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
-
-
-class Tokenizer:
-    """Byte-level BPE: any text encodes, no unknown token. `merges`: list of pairs of symbols, in order of priority.
-
-    `.start`, `.end`, `.mask` are the special ids, `.size` the rows an embedding table needs (the mask id included)."""
-
-    def __init__(self, merges):
-        symbols = list(_byte_symbols().values())
-        self.merges = [tuple(m) for m in merges]
-        vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in self.merges]
-        self.id = {s: i for i, s in enumerate(vocab)}
-        self.symbol = vocab
-        self.rank = {m: i for i, m in enumerate(self.merges)}
-        self.byte = _byte_symbols()
-        self.start, self.end, self.mask = len(vocab), len(vocab) + 1, len(vocab) + 2
-        self.size = len(vocab) + 3
-        self._cache = {}
-
-    @classmethod
-    def train(cls, texts, size):
-        """Learn merges from an iterable of texts until `size` ids are reached or no pair occurs twice [3].
-        Each step joins the most frequent adjacent pair; only the words that hold it are touched, and pairs are kept by their
-        count, so that the most frequent is found without a search."""
-        byte = _byte_symbols()
-        words = Counter(w for text in texts for w in split_words(text))
-        split = [[byte[b] for b in w.encode()] for w in words]
-        for parts in split:
-            parts[-1] += "</w>"
-        count, where = Counter(), defaultdict(set)  # pair -> its frequency, the words that hold it
-        for i, (parts, n) in enumerate(zip(split, words.values())):
-            for pair in zip(parts, parts[1:]):
-                count[pair] += n
-                where[pair].add(i)
-        by_count = defaultdict(set)
-        for pair, n in count.items():
-            by_count[n].add(pair)
-        frequency, merges, top = list(words.values()), [], max(by_count, default=0)
-        while len(merges) < size - 512 - 3:
-            while top > 1 and not by_count[top]:
-                top -= 1
-            if top < 2:
-                break
-            best = max(by_count[top])  # the pair itself breaks ties: the same corpus, the same merges
-            merges.append(best)
-            change = Counter()
-            for i in list(where[best]):
-                for pair in zip(split[i], split[i][1:]):
-                    change[pair] -= frequency[i]
-                    where[pair].discard(i)
-                split[i] = _merge(split[i], best)
-                for pair in zip(split[i], split[i][1:]):
-                    change[pair] += frequency[i]
-                    where[pair].add(i)
-            for pair, n in change.items():
-                by_count[count[pair]].discard(pair)
-                count[pair] += n
-                by_count[count[pair]].add(pair)
-                top = max(top, count[pair])
-        return cls(merges)
-
-    @classmethod
-    def from_clip(cls, path):
-        """CLIP's own vocabulary (49,408 ids; start 49406, end 49407) from OpenAI's and open_clip's `bpe_simple_vocab_16e6.txt.gz`, or from
-        the `merges.txt` or `tokenizer.json` of a Hugging Face CLIP. Gives open_clip's ids (dev/LOG.md)."""
+def _caption_lines(file):
+    """Yield (key, caption or None) of bags-*.captions.jsonl."""
+    for i, _, row in read_jsonl(file):
         try:
-            raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
-            if str(path).endswith(".json"):
-                merges = [m.split() if isinstance(m, str) else m for m in json.loads(raw)["model"]["merges"]]
-            else:                                         # a heading, then a pair a line; CLIP uses only the first 48,894
-                merges = [line.split() for line in raw.decode().split("\n")[1 : 49152 - 256 - 2 + 1]]
-            if any(len(m) != 2 for m in merges) or len(merges) != 49152 - 256 - 2:
-                raise ValueError(f"{len(merges):,} merges of two symbols instead of 48,894")
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as e:
-            raise ValueError(f"{path} is not CLIP's merge list ({e}): give bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json") from e
-        return cls(merges)
+            key, caption = row["key"], row["caption"]
+            if not isinstance(caption, str | None):
+                raise TypeError
+        except (KeyError, TypeError):
+            raise ValueError(f'{file}:{i}: expected {{"key": ..., "node": ..., "caption": "..."}}: mend or delete this line') from None
+        yield key, caption
 
-    def save(self, path):
-        """Write the merges as JSON; the file appears whole or not at all."""
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(json.dumps({"merges": self.merges}, ensure_ascii=False))
+
+def count_corpus(folder, most=1_000_000):
+    """How often each keyword is named in a folder of shards: {"captions": number of captions, "count": {same(keyword): captions that
+    name it}}. One pass over bags-*.captions.jsonl, kept as `keywords.json` beside them and made anew when a caption file changed.
+
+    Where there are more than `most` keywords, those named once are forgotten on the way. ValueError where there are no captions."""
+    files, path = sorted(Path(folder).glob("bags-*.captions.jsonl")), Path(folder) / "keywords.json"
+    if not files:
+        raise ValueError(f"{folder} holds no bags-*.captions.jsonl: caption the shards first (`python text.py import ... --shards {folder}`)")
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    try:
+        corpus = json.loads(path.read_text())
+        if corpus["stamp"] == stamp:
+            return corpus
+    except (OSError, ValueError, KeyError, TypeError):    # none yet, or a damaged one
+        pass
+    corpus, count = {"stamp": stamp, "captions": 0, "count": {}}, Counter()
+    for file in tqdm(files, desc="keywords", unit="shard", disable=None, leave=False):
+        for _, caption in _caption_lines(file):
+            corpus["captions"] += bool(caption)
+            count.update(map(same, keywords(caption)))
+        if len(count) > most:
+            count = Counter({s: n for s, n in count.items() if n > 1})
+    corpus["count"] = dict(sorted(count.items()))
+    try:
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(corpus, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote. ValueError if the file is something else."""
-        try:
-            return cls(json.loads(Path(path).read_text())["merges"])
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{path} is not a tokenizer saved by this project; train.py writes tokenizer.json into the run folder") from e
-
-    def encode(self, text):
-        """str -> list of ids, without start and end."""
-        ids = []
-        for word in split_words(text):
-            if word not in self._cache:
-                parts = [self.byte[b] for b in word.encode()]
-                parts[-1] += "</w>"
-                while len(parts) > 1:
-                    best = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, len(self.rank)))
-                    if best not in self.rank:
-                        break
-                    parts = _merge(parts, best)
-                self._cache[word] = [self.id[p] for p in parts]
-            ids += self._cache[word]
-        return ids
-
-    def decode(self, ids):
-        """ids -> text; special ids are skipped, words come back separated by single spaces."""
-        symbols = "".join(self.symbol[i] for i in ids if i < self.start).replace("</w>", " ")
-        back = {s: b for b, s in self.byte.items()} | {" ": ord(" ")}
-        return bytes(back[c] for c in symbols).decode(errors="replace").strip()
-
-    def batch(self, texts, context=77):
-        """list of B texts -> LongTensor[B, context]: start, ids, end, then zeros. Over-long texts are cut so that the end
-        id is kept: towers pool there, and everything after the first end id is padding (no pad id is needed)."""
-        out = torch.zeros(len(texts), context, dtype=torch.long)
-        for row, text in zip(out, texts):
-            ids = [self.start, *self.encode(text)[: context - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return out
-
-
-def _merge(parts, pair):
-    """Join every occurrence of `pair` in a list of symbols, left to right."""
-    out, i = [], 0
-    while i < len(parts):
-        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
-            out.append(parts[i] + parts[i + 1])
-            i += 2
-        else:
-            out.append(parts[i])
-            i += 1
-    return out
-
-
-def trim(ids, end, multiple=8):
-    """Cut right padding: ids[..., T] -> ids[..., T'] with T' the longest text rounded up to `multiple`, so that a batch
-    pays for its own length and a compiled graph sees few shapes."""
-    longest = int((ids == end).int().argmax(-1).max()) + 1
-    return ids[..., : min(ids.shape[-1], -(-longest // multiple) * multiple)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Class prompts [4]: several names x several templates, embedded each, averaged and normalised again (evaluate.py).
-
-TEMPLATES = ("{}", "The image shows {}.", "This photomicrograph shows {}.", "A histopathology image of {}.",
-             "Microscopy reveals {}.", "The field displays {}.", "{} is seen.")
-
-# The built-in world's facts; the first names in the form of a keyword, as CVTA saw them. Without an ensemble the first alone is used.
-PROMPTS = {
-    "architecture": {
-        "glands": ("well-formed gland", "crowded gland", "glands around open lumina"),
-        "nests": ("solid nest", "rounded nest", "nests of cells"),
-        "trabeculae": ("parallel trabecula", "branching trabecula", "trabeculae and cords"),
-        "papillae": ("papillary frond", "slender papillary projection", "papillary structures"),
-        "sheets": ("diffuse sheet", "solid sheet", "sheets without structure"),
-    },
-    "cytology": {
-        "small round": ("small round dark nucleus", "small round blue cell", "uniform small round cells"),
-        "vesicular": ("large vesicular nucleus", "vesicular nucleus", "vesicular chromatin"),
-        "spindle": ("spindle cell", "elongated spindle nucleus", "slender spindle cells"),
-        "signet ring": ("signet ring cell", "vacuolated signet ring cell", "signet ring cells with vacuoles"),
-    },
-    "diagnosis": {name: (name,) for name in (
-        "prostatic adenocarcinoma", "cholangiocarcinoma", "nephroblastoma", "Krukenberg tumour", "carcinoid", "paraganglioma",
-        "melanoma", "chordoma", "insulinoma", "hepatocellular carcinoma", "schwannoma", "linitis plastica", "ependymoma",
-        "serous carcinoma", "mesothelioma", "pseudomyxoma peritonei", "Ewing sarcoma", "seminoma", "leiomyosarcoma", "liposarcoma")},
-}
-
-
-def class_prompts(names, ensemble=True):
-    """Prompts of one class: its names x TEMPLATES, or only the first name in the first template."""
-    return [t.format(n) for n in names for t in TEMPLATES] if ensemble else [TEMPLATES[0].format(names[0])]
+    except OSError:                                       # a folder that is only to be read
+        pass
+    return corpus
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -395,9 +299,9 @@ def import_captions(source, shards):
         image = re.fullmatch(r"(.+)_(\d+)", Path(name).stem)
         if image and image[1] in keys and node is None:
             name, node = image[1], int(image[2])
-        name = name if name in keys else slides.get(name) or (Path(name).stem if Path(name).stem in keys else None)
+        said, name = name, name if name in keys else slides.get(name) or (Path(name).stem if Path(name).stem in keys else None)
         if name is None or node is not None and not (name in keys and 0 <= node < 85):
-            strangers.append(name)
+            strangers.append(said)
         elif caption:
             captions[name, node] = caption
     lacking = [slide for pairs in bags.values() for key, slide in pairs
@@ -409,6 +313,8 @@ def import_captions(source, shards):
         with open(out, encoding="utf-8") as f:
             if '"model"' in f.readline():
                 raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
+    if strangers:
+        print(f"{len(strangers)} lines of {source} name no bag, node or slide of {shards} and are left out, the first {strangers[0]!r}", file=sys.stderr)
     for file, pairs in tqdm(bags.items(), desc="captions", unit="shard"):
         lines = []
         for key, slide in pairs:
@@ -424,22 +330,20 @@ def import_captions(source, shards):
 
 
 def print_keywords(shards, bags, size):
-    """Print the textual bag of the first `bags` bags of a folder, most frequent keyword first, with its count."""
-    shown = 0
+    """Count the corpus, then print the textual bag of the first `bags` bags: each keyword with the number of captions that name it."""
+    corpus, shown = count_corpus(shards), 0
+    print(f"{corpus['captions']:,} captions, {len(corpus['count']):,} keywords: {shards}/keywords.json")
     for file in sorted(Path(shards).glob("bags-*.captions.jsonl")):
         rows = defaultdict(list)
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows[row["key"]].append(row["caption"])
+        for key, caption in _caption_lines(file):
+            rows[key].append(caption)
         for key, captions in rows.items():
             if shown == bags:
                 return
-            words = keyword_bag(captions, size)
+            words = keyword_bag(captions, size, corpus)
             own = keyword_owners(captions, words).sum(0)
             print(f"{key}: {len(captions)} captions, {len(words)} keywords\n  " + ", ".join(f"{w} ({n})" for w, n in zip(words, own)))
             shown += 1
-    if not shown:
-        raise ValueError(f"{shards} holds no bags-*.captions.jsonl: caption the shards first (`python text.py import ... --shards {shards}`)")
 
 
 def main():

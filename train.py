@@ -61,7 +61,7 @@ class Config:
     accumulate: int = 1            # micro-batches per step; saves memory, but negatives stay within a micro-batch
     children: int = 1              # of the 4 children of each node, those seen in a step: 1, 2, 4 -> 4, 15, 85 nodes a bag
     pairs: float = 0.5             # (patch, caption) pairs per bag that ITM, MLM and PLM read, spread over magnifications
-    keywords: int = 48             # at most this many keywords in a textual bag
+    keywords: int = 24             # at most this many keywords in a textual bag, those that tell it best from other bags
     jitter: float = 0.2            # stain augmentation: relative change of haematoxylin and eosin
     scale_jitter: float = 0.0      # enlarge a random square of the bag, its side 1 - this at least: magnifications between the four
     workers: int = 1               # loader processes
@@ -176,7 +176,7 @@ class Batches(Dataset):
     def __init__(self, bags, tokenizer, cfg, context, rank=0, world=1):
         self.bags, self.tokenizer, self.cfg, self.context, self.rank, self.world = bags, tokenizer, cfg, context, rank, world
         self.local = cfg.bags // (cfg.accumulate * world)
-        self.textual_bag = {}  # bag index -> its keywords, extracted once
+        self.corpus, self.textual_bag = text.count_corpus(bags.folder), {}             # bag index -> its keywords, the latest 4,096
 
     def __getitem__(self, i):
         cfg, B = self.cfg, self.local
@@ -191,7 +191,9 @@ class Batches(Dataset):
         for j, item in enumerate(items):
             key = item["index"]
             if key not in self.textual_bag:
-                self.textual_bag[key] = text.keyword_bag(self.bags.captions(key), cfg.keywords)
+                if len(self.textual_bag) == 4096:
+                    self.textual_bag.clear()
+                self.textual_bag[key] = text.keyword_bag(self.bags.captions(key), cfg.keywords, self.corpus)
             words.append(self.textual_bag[key])
             own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
             w_valid[j, : len(words[j])] = True
@@ -446,6 +448,8 @@ def main(argv):
         else:  # 5,000 bags of captions are plenty to learn merges from
             tokenizer = text.Tokenizer.train((c for i in range(min(5000, len(bags))) for c in bags.captions(i) if c), cfg.vocab)
         tokenizer.save(run / "tokenizer.json")
+    if rank == 0:
+        text.count_corpus(folder / "train")  # kept beside the shards for the other processes
     if distributed:
         dist.barrier()
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")

@@ -91,7 +91,8 @@ class Model:
             mood = self.moods[name[1]].pop(0) if self.moods.get(name[1]) else "answer"
             self.answered[name] += mood == "answer"
         return name, *{"answer": (200, f"{name[0]} {name[1]}"), "busy": (429, "slow down"), "broken": (500, "oh"), "garbage": (200, None),
-                       "empty": (200, " \n"), "sorry": (200, "I'm sorry, but I cannot help."), "no": (400, "bad picture")}[mood]
+                       "empty": (200, " \n"), "sorry": (200, "I'm sorry, but I cannot help."), "no": (400, "bad picture"),
+                       "odd": (200, ["no", "text"])}[mood]
 
     def close(self):
         self.server.shutdown()
@@ -121,7 +122,7 @@ def check_complete(shards, model):
 
 
 def test_every_patch_is_captioned_through_all_troubles(fresh):
-    moods = {0: ["busy"] * 3, 3: ["broken"], 9: ["garbage", "busy"], 17: ["empty"], 18: ["sorry"], 40: ["no"]}     # of the node's first askings
+    moods = {0: ["busy"] * 3, 3: ["broken"], 9: ["garbage", "busy"], 17: ["empty"], 18: ["sorry"], 40: ["no"], 41: ["odd"]}     # of the node's first askings
     model = Model(fresh, moods, delay=0.002)
     count = captioner.caption_folder(fresh, model.url, "m", concurrency=8)
     failed = {r["node"]: r["reason"] for r in rows(fresh, "failures")}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
+import prompts
 
 
 def test_scores_by_hand():
@@ -59,7 +60,7 @@ class Bags:
 
 def test_slide_pooling_takes_the_best_patches(monkeypatch):
     """MI-Zero: one glowing patch decides at j = 1; at j = 50 of 64 the many faint ones do."""
-    names = list(evaluate.text.PROMPTS["diagnosis"])
+    names = list(prompts.BUILT_IN["diagnosis"])
     monkeypatch.setattr(evaluate, "class_weights", lambda *a, **k: torch.eye(20))
     v = torch.zeros(2, 85, 20)
     v[..., 1] = 1
