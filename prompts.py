@@ -53,7 +53,7 @@ DATASETS = {
         "0": ("normal lymph node", "benign lymphoid tissue", "lymph node without metastasis", "lymphocytes"),
         "1": ("lymph node metastasis", "metastatic breast carcinoma", "tumor cells in a lymph node", "metastatic carcinoma"),
     },
-    "lc25000-lung": {                                     # 768 px, about 20x to 40x; several patches are turned copies of one original
+    "lc25000-lung": {                                     # 768 px, magnification not published; several patches are turned copies of one original
         "lung_n": ("benign lung tissue", "normal lung parenchyma", "alveoli with thin septa"),
         "lung_aca": ("lung adenocarcinoma", "adenocarcinoma of the lung", "malignant glands in the lung"),
         "lung_scc": ("lung squamous cell carcinoma", "squamous cell carcinoma of the lung", "keratinizing squamous carcinoma"),

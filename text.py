@@ -43,6 +43,7 @@ a an the this that these those its it they them their there here which who whose
 nor if then than so such both either each every all any some most more less few several many much other another same own only
 of in on at by for from to into onto with within between among amongst along across over under around about through
 throughout near next against toward towards up down out off per via together due because
+like beneath above below upward downward even once actually best time times apparent typical mid still already
 is are was were be been being am has have had having do does did can could may might must shall should will would
 no not without very quite rather somewhat mainly mostly primarily predominantly largely overall generally typically often
 usually possibly probably likely potentially commonly approximately appear appears appearing appearance seem seems
@@ -60,7 +61,8 @@ presence visible evident evidence notable found highlight highlights highlighted
 arrange arranged arrangement set composed comprise comprises consist consists consisting made form forms forming formed
 involve involves involving invade invades invading proliferate proliferates grow grows growing extend extends
 extending surround surrounds separate separates separated line lines fill fills filling cause causes causing lead leads constitute constitutes
-equal least largest whole according suggest suggests suggesting suggestive reminiscent consistent compatible diagnosis diagnostic represent represents point points
+equal least largest whole according develop develops developing replace replaces overlie overlies flank flanks dissolve dissolves appreciated site compare
+suggest suggests suggesting suggestive reminiscent consistent compatible diagnosis diagnostic represent represents point points
 finding findings impression favour favours favor favors case cases pattern patterns manner main key prominent prominently interest
 h e haematoxylin hematoxylin eosin stain stains stained staining
 
@@ -73,17 +75,18 @@ LONE_WORDS = frozenset("""
 large small medium sized size big high low higher lower increased decreased abundant scant scattered dense loose mild moderate severe
 marked prominent extensive focal diffuse multiple numerous single occasional minimal substantial strong limited irregular regular round
 oval elongated enlarged uniform variable variability variation varying various different similar normal abnormal typical
-pink purple blue dark pale light white red clear bright color colour background well poor highly slightly partial superficial deep
+pink purple blue brown dark pale light white red clear bright thin thick ragged color colour background well poor highly slightly partial superficial deep
 cell tissue structure shape shaped type kind group grade degree level amount number distribution rate component population element
 invasive infiltrate infiltrating proliferate proliferating proliferative aligned associated located attached adjacent fused disrupted classified classification
 mass total percentage index
 """.split())
 
-# A word that is a measure and not a finding: "20", "40x", "2.5", "pt2", "g3", "ii/iii". A marker (cd20, p53, ki-67) is a finding.
-MEASURE = re.compile(r"\d.*|(?:p?[tnm]|g)\d[a-d]?|[ivx]+(?:/[ivx]+)*")
+# A word that is a measure or a number and not a finding: "20", "40x", "pt2", "g3", "ii/iii", "n83-8950". A marker (cd20, p53, ki-67) is one.
+MEASURE = re.compile(r"\d.*|(?:p?[tnm]|g)\d[a-d]?|[ivx]+(?:/[ivx]+)*|[a-z]*\d+-\d+|[a-z]*\d{4,}")
+VERBAL = re.compile(r"infiltrating|proliferating|\w{3,}(?<!e)(?<!differentiat)ed")           # behind a noun a verb, before it an adjective
 WORD = re.compile(r"in situ\b|[^\W_]+(?:[/-][^\W_]+)*")
 SENTENCE = re.compile(r"[.;:!?\n](?!\d)|\b(?:but|although|though|however|while|whereas|except)\b")
-SEGMENT = re.compile(r"[,()\[\]\"\u201c\u201d]")
+SEGMENT = re.compile(r"[,()\[\]]")
 
 # What a captioner says about itself, not about the picture: such a sentence is passed over.
 REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)? correlat|\b(?:is|are) (?:advised|recommended|important)\b"
@@ -92,7 +95,7 @@ REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)?
 # Denials [2]: from here to the end of the clause nothing is seen ("no evidence of necrosis"), or this clause says that its subject is not
 # ("mitoses are not identified").
 DENIAL = re.compile(r"\b(?:no|not(?! only| just)|without|absence of|absent|negative for|lack of|lacks?|lacking|free of|devoid of|neither|never|nor"
-                    r"|rather than|instead of|rules? out|ruling out|excludes?|excluding)\b")
+                    r"|rather than|instead of|compared? (?:this )?(?:with|to)|unlike|similar to|mimic(?:s|king)?|rules? out|ruling out|excludes?|excluding)\b")
 DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could)\s?(?:not(?! only| just)\b|absent\b|lacking\b|never\b)|\bunlikely\b")
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed|noted|found)\b")
 
@@ -107,6 +110,8 @@ def singular(word):
     positive and a negative of CVTA."""
     if word in IRREGULAR:
         return IRREGULAR[word]
+    if len(word) > 6 and word.endswith("oses"):
+        return word[:-2] + "is"
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes")):
@@ -158,8 +163,8 @@ def _keywords(caption, longest):
                 if word and word not in STOP_WORDS and not MEASURE.fullmatch(word):
                     run.append(singular(word))
                     continue
-                while run and run[-1] in ("infiltrating", "proliferating", "aligned", "associated"):
-                    run.pop()                             # verbs here, adjectives before a noun
+                while run and VERBAL.fullmatch(run[-1]):
+                    run.pop()
                 phrase = " ".join(run[-longest:])         # English puts the head of a noun phrase last
                 words = re.split("[ -]", phrase)          # "clear cell" says something, "clear" and "cell" and "clear structure" do not
                 if len(phrase) > 2 and (words[1:] and words[-1] == "cell" or not all(w in LONE_WORDS or w.endswith("ly") for w in words)):
