@@ -63,12 +63,12 @@ involve involves involving invade invades invading proliferate proliferates grow
 extending surround surrounds separate separates separated line lines fill fills filling cause causes causing lead leads constitute constitutes
 equal least largest whole according develop develops developing replace replaces overlie overlies flank flanks dissolve dissolves appreciated site compare
 suggest suggests suggesting suggestive reminiscent consistent compatible diagnosis diagnostic represent represents point points
-finding findings impression favour favours favor favors case cases pattern patterns manner main key prominent prominently interest
+finding findings impression favour favours favor favors case cases pattern patterns manner main key prominently interest
 h e haematoxylin hematoxylin eosin stain stains stained staining
 
 mm cm um µm μm nm mpp micron microns micrometer micrometers millimeter millimeters centimeter centimeters dimension hpf hpfs percent
 measure measures measured measuring
-""".split()) - {"prominent"}
+""".split())
 
 # Words that say something only beside others: "medium-sized ducts" is a finding, "medium-sized" is none.
 LONE_WORDS = frozenset("""
@@ -96,7 +96,7 @@ REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)?
 # ("mitoses are not identified").
 DENIAL = re.compile(r"\b(?:no|not(?! only| just)|without|absence of|absent|negative for|lack of|lacks?|lacking|free of|devoid of|neither|never|nor"
                     r"|rather than|instead of|compared? (?:this )?(?:with|to)|unlike|similar to|mimic(?:s|king)?|rules? out|ruling out|excludes?|excluding)\b")
-DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could)\s?(?:not(?! only| just)\b|absent\b|lacking\b|never\b)|\bunlikely\b")
+DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could)\s?(?:not(?! only| just)\b|absent\b|lacking\b|never\b)|\w+n['\u2019]t\b|\bunlikely\b")
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed|noted|found)\b")
 
 IRREGULAR = {"nuclei": "nucleus", "nucleoli": "nucleolus", "papillae": "papilla", "trabeculae": "trabecula", "lumina": "lumen",
@@ -124,7 +124,7 @@ def singular(word):
 @functools.lru_cache(maxsize=200_000)
 def same(keyword):
     """What two spellings of one keyword have in common: words in any order, hyphens and British letters folded. Not to be read:
-    "signet-ring cells" and "signet ring cell" -> "cell ring signet"; "tumour oedema" -> "edema tumor"."""
+    "signet-ring cell" and "signet ring cell" -> "cell ring signet"; "tumour oedema" -> "edema tumor"."""
     keyword = re.sub(r"our(?=s?\b)", "or", keyword.replace("-", " ").replace("ae", "e").replace("oe", "e").replace("isation", "ization"))
     return " ".join(sorted(re.sub(r"([bt])re\b", r"\1er", keyword).split()))
 

@@ -42,6 +42,7 @@ def test_keywords(caption, expected):
     ("Sheets without structure, dense fibrous stroma and fat.", ["sheet", "dense fibrous stroma", "fat"]),
     ("Not only glands but also nests.", ["gland", "nest"]),
     ("Nests rather than glands; her2-negative carcinoma.", ["nest", "her2-negative carcinoma"]),
+    ("Mitoses aren't seen. Nests of cells, compared with a nest of basal cell carcinoma.", ["nest"]),
     ("Neither necrosis nor mitoses are seen in the nests.", []),
 ])
 def test_denied_findings_are_no_keywords(caption, expected):
