@@ -28,9 +28,15 @@ PAUSES = (0.5, 1, 2, 4, 8, 16, 30, 60)                   # seconds before asking
 # ---------------------------------------------------------------- what is to be asked
 
 def bag_metas(shard):
-    """{key: json} of the bags of a shard."""
-    with tarfile.open(shard) as tar:
-        return {m.name[:-5]: json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith(".json")}
+    """{key: json} of the bags of a shard. ValueError where it is not whole."""
+    try:
+        with tarfile.open(shard) as tar:
+            metas = {m.name[:-5]: json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith(".json")}
+        if not metas or not all(isinstance(meta["slide"], str) for meta in metas.values()):
+            raise ValueError("it holds no bags with their slide")
+        return metas
+    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{shard} is truncated or no shard of ours ({e}): delete it and run `python data.py tile` again") from None
 
 def wanted_nodes(shard, levels):
     """All (key, node) of a shard that are to have a caption: BagDataset's `valid` at the magnifications `levels`."""

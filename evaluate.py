@@ -95,7 +95,7 @@ def embed_texts(model, tokenizer, texts, at_once=256):
 
 def class_weights(model, tokenizer, names, ensemble=True):
     """One unit vector per class [C, d]: the mean of its prompts' embeddings, normalised again [3]. names: per class a tuple."""
-    means = [embed_texts(model, tokenizer, prompts.class_prompts(alternatives, ensemble)).mean(0) for alternatives in names]
+    means = [embed_texts(model, tokenizer, prompts.class_prompts(alternatives, prompts.BUILT_IN_TEMPLATES, ensemble)).mean(0) for alternatives in names]
     return F.normalize(torch.stack(means), dim=-1)
 
 

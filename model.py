@@ -31,9 +31,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # UNI, timm
-CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # CLIP, QuiltNet, PLIP
-
 # Named sizes, as keyword arguments of the towers. `synthetic` learns within minutes on two CPU cores; `paper` is UNI [7]
 # and QuiltNet's text tower [8] under a 6 x 768 fusion network.
 SIZES = {
@@ -43,7 +40,8 @@ SIZES = {
         fusion=dict(width=64, depth=1, heads=2, pool=2),
         embed=128, simsiam=(128, 64)),
     "paper": dict(
-        vision=dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5, **IMAGENET),
+        vision=dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5,
+                    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
         text=dict(context=77, width=512, depth=12, heads=8),
         fusion=dict(width=768, depth=6, heads=12, pool=4),
         embed=512, simsiam=(2048, 512)),
@@ -347,124 +345,3 @@ class MRPLIP(nn.Module):
             if (ids == self.text.end).any(1).all():
                 break
         return ids[:, 1:]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Public weights. Three dialects of the same two networks; one table renames timm's, open_clip's and Hugging Face's keys
-# to ours, and loading is strict both ways, so a wrong file cannot half-load.
-
-RENAME = [  # (theirs, ours), applied in order to each key
-    ("layer_norm1.", "ln1."), ("layer_norm2.", "ln2."), ("norm1.", "ln1."), ("norm2.", "ln2."), ("ln_1.", "ln1."), ("ln_2.", "ln2."),
-    ("attn.in_proj_", "attn.qkv."), ("attn.out_proj.", "attn.proj."), ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."),
-    ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("ls1.gamma", "ls1"), ("ls2.gamma", "ls2"),
-    ("transformer.resblocks.", "blocks."), ("encoder.layers.", "blocks."),
-    ("embeddings.token_embedding.weight", "embed.weight"), ("token_embedding.weight", "embed.weight"),
-    ("embeddings.position_embedding.weight", "pos"), ("positional_embedding", "pos"), ("pos_embed", "pos"),
-    ("embeddings.class_embedding", "cls"), ("class_embedding", "cls"), ("cls_token", "cls"),
-    ("embeddings.patch_embedding.weight", "stem.weight"), ("patch_embed.proj.", "stem."), ("conv1.weight", "stem.weight"),
-    ("pre_layrnorm.", "ln_pre."), ("ln_post.", "ln."), ("post_layernorm.", "ln."), ("final_layer_norm.", "ln."), ("ln_final.", "ln."),
-    ("norm.weight", "ln.weight"), ("norm.bias", "ln.bias"),  # timm's last norm; the others were renamed above
-]
-
-
-def read_weights(source):
-    """A state dict, or the path of one saved by torch -> dict of tensors. Never unpickles code."""
-    if isinstance(source, dict):
-        return source
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
-    except Exception as e:
-        raise ValueError(f"{source} is not a file of tensors saved by torch (pytorch_model.bin, .pt): {e}".split("\n")[0]) from e
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{source} does not hold a plain state dict of tensors")
-    return state
-
-
-def _rename(state):
-    out = {}
-    for key, value in state.items():
-        for theirs, ours in RENAME:
-            key = key.replace(theirs, ours)
-        out[key] = value
-    for key in [k for k in out if ".attn.q_proj." in k]:                               # Hugging Face keeps q, k, v apart
-        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{c}_proj")) for c in "qkv"])
-    return out
-
-
-def _load(module, state, source):
-    """Strict both ways, with the first offending key of each kind in the message."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or shapes:
-        raise ValueError(f"{source} does not fit: {len(missing)} keys missing {missing[:2]}, {len(extra)} unexpected {extra[:2]}, "
-                         f"{len(shapes)} of another shape {shapes[:2]}; use the weights this network is made for")
-    module.load_state_dict(state)
-    return module
-
-
-def _depth(state):
-    return 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
-
-
-def load_vit(source):
-    """timm's plain ViT, so UNI's `pytorch_model.bin` [7] too: path or state dict -> ViT. Sizes come from the shapes alone.
-    ValueError names the keys when the file is another network."""
-    state = {k: v for k, v in _rename(read_weights(source)).items() if not k.startswith("head")}
-    if "stem.weight" not in state or "cls" not in state or "pos" not in state:
-        raise ValueError(f"{_name(source)} is not a timm vision transformer with a class token (no patch_embed, cls_token or pos_embed)")
-    width, _, patch, _ = state["stem.weight"].shape
-    grid = math.isqrt(state["pos"].shape[1] - 1)
-    vit = ViT(grid * patch, patch, width, _depth(state), width // 64, layer_scale=1e-5 * ("blocks.0.ls1" in state), **IMAGENET)
-    return _load(vit, state, _name(source))
-
-
-def load_clip(source, quick_gelu=False):
-    """open_clip's (plain or `text.`-prefixed) or Hugging Face's CLIP: path or state dict -> (ViT, TextTower); the image
-    projection is `vit.proj` [d, D]. QuiltNet's hub configuration means quick_gelu=False, OpenAI's and PLIP's True [8]."""
-    state = dict(read_weights(source))
-    hf = any(k.startswith("vision_model.") for k in state)
-    drop = ("logit_scale", "logit_bias", "attn_mask", "position_ids")
-    state = {k: v for k, v in state.items() if not k.endswith(drop)}
-    sides = ("vision_model.", "text_model.") if hf else ("visual.", "text.")
-    vision = _rename({k.removeprefix(sides[0]): v for k, v in state.items() if k.startswith(sides[0])})
-    text = _rename({k.removeprefix(sides[1]): v for k, v in state.items()
-                    if not k.startswith(sides[0]) and k not in ("visual_projection.weight", "text_projection.weight")
-                    and k != "text_projection" and k != "text.text_projection"})
-    try:
-        if hf:
-            proj, text_proj = state["visual_projection.weight"], state["text_projection.weight"]
-        else:
-            proj = vision.pop("proj").T
-            text_proj = state.get("text_projection", state.get("text.text_projection")).T
-        width, _, patch, _ = vision["stem.weight"].shape
-        vocab, twidth = text["embed.weight"].shape
-    except (KeyError, AttributeError) as e:
-        raise ValueError(f"{_name(source)} is neither an open_clip nor a Hugging Face CLIP state dict (missing {e})") from e
-    vision["cls"], vision["pos"] = vision["cls"].view(1, 1, width), vision["pos"].view(1, -1, width)
-    text["proj.weight"] = text_proj
-    grid = math.isqrt(vision["pos"].shape[1] - 1)
-    vit = ViT(grid * patch, patch, width, _depth(vision), width // 64, pre_norm=True, patch_bias=False, eps=1e-5, quick=quick_gelu, **CLIP_STATS)
-    tower = TextTower(vocab, vocab - 1, len(text["pos"]), twidth, _depth(text), twidth // 64, len(text_proj), quick=quick_gelu)
-    vit = _load(vit, vision, _name(source))
-    vit.proj = nn.Parameter(proj.clone())
-    return vit, _load(tower, text, _name(source))
-
-
-def _name(source):
-    return "the state dict" if isinstance(source, dict) else str(Path(source))
-
-
-def adopt_text(model, tower):
-    """Put CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own
-    function untouched."""
-    weight = tower.embed.weight
-    grown = torch.cat([weight, weight.mean(0, keepdim=True)])                          # [V + 1, D]
-    if grown.shape != model.text.embed.weight.shape or tower.proj.weight.shape != model.text.proj.weight.shape:
-        raise ValueError(f"the text weights have {len(weight)} ids of width {weight.shape[1]} and this model "
-                         f"{len(model.text.embed.weight) - 1} of {model.text.width}: use the tokenizer and --size they were made for")
-    tower.embed = nn.Embedding.from_pretrained(grown.detach().clone(), freeze=False)
-    model.text = tower

@@ -1,8 +1,8 @@
 """Class prompts: what the classes of a data set are called, so that a text can stand for a class (zero-shot).
 
 A class is a tuple of names, and a prompt is a name in a template. With an ensemble all names x all templates are embedded, averaged
-and normalised again (evaluate.py); without it the first name stands alone. Adding a data set is adding an entry to DATASETS: its key is what
-the command line will call it, the keys of its classes are the labels as the data set itself writes them (folder, code or number).
+and normalised again (evaluate.py); without it the first name stands alone. Adding a data set is adding an entry to DATASETS: the keys of
+its classes are the labels as the data set itself writes them (folder, code or number). The default run measures itself with BUILT_IN.
 
 All names and templates are ours. Idea: prompt ensembles as in CLIP, MI-Zero and CONCH (Lu et al. 2023, 2024).
 """
@@ -34,14 +34,14 @@ BUILT_IN_TEMPLATES = ("{}", "The image shows {}.", "This photomicrograph shows {
 TEMPLATES = ("{}", "{}, H&E", "{}, H&E stain, histopathology", "an H&E stained image of {}", "an H&E image showing {}", "histopathology of {}",
              "a histopathology image of {}", "a histopathology slide showing {}", "a photomicrograph of {}", "a photomicrograph showing {}",
              "a microscopic field with {}", "a tissue section showing {}", "a tissue section with {}", "a biopsy showing {}",
-             "a patch of {}", "{} is seen", "{} is present", "there is {}", "microscopy reveals {}", "the findings are those of {}")
+             "a patch of {}", "microscopy reveals {}", "the findings are those of {}")
 
 # Tile data sets first, then those of whole slides. The remark says what a patch is; the magnification decides which of the four levels reads it.
 DATASETS = {
     "nct-crc": {                                          # colorectal tissue, 224 px at 0.5 um/px (20x); CRC-VAL-HE-7K is its test set
         "ADI": ("adipose tissue", "fat", "mature adipocytes", "fat cells with clear cytoplasm"),
         "BACK": ("background", "empty glass", "blank slide without tissue"),
-        "DEB": ("debris", "necrotic debris", "necrosis", "cellular debris and mucus remnants"),
+        "DEB": ("debris", "necrotic debris", "necrosis", "cell debris"),
         "LYM": ("lymphocytes", "lymphoid tissue", "dense lymphocytic infiltrate", "lymphoid aggregate"),
         "MUC": ("mucus", "mucin", "extracellular mucin pools"),
         "MUS": ("smooth muscle", "muscularis propria", "bundles of smooth muscle"),
@@ -50,7 +50,7 @@ DATASETS = {
         "TUM": ("colorectal adenocarcinoma epithelium", "colorectal adenocarcinoma", "malignant glands of the colon", "tumor epithelium"),
     },
     "pcam": {                                             # sentinel lymph nodes, 96 px at 10x (0.97 um/px); only the centre is labelled
-        "0": ("normal lymph node", "benign lymphoid tissue", "lymph node without metastasis", "lymphocytes"),
+        "0": ("normal lymph node", "benign lymphoid tissue", "lymph node without metastasis"),
         "1": ("lymph node metastasis", "metastatic breast carcinoma", "tumor cells in a lymph node", "metastatic carcinoma"),
     },
     "lc25000-lung": {                                     # 768 px, magnification not published; several patches are turned copies of one original
@@ -74,7 +74,7 @@ DATASETS = {
     },
     "bach": {                                             # breast, 2048 x 1536 px at 0.42 um/px (20x to 40x)
         "Normal": ("normal breast tissue", "terminal duct lobular units", "healthy breast lobules"),
-        "Benign": ("benign breast lesion", "fibroadenoma", "benign breast tissue", "usual ductal hyperplasia"),
+        "Benign": ("benign breast lesion", "fibroadenoma", "usual ductal hyperplasia", "sclerosing adenosis"),
         "InSitu": ("breast carcinoma in situ", "ductal carcinoma in situ", "malignant cells confined to the ducts"),
         "Invasive": ("invasive breast carcinoma", "invasive ductal carcinoma", "carcinoma infiltrating the breast stroma"),
     },
@@ -109,15 +109,15 @@ DATASETS = {
         "Chromophobe": ("chromophobe renal cell carcinoma", "chromophobe carcinoma with pale cells and perinuclear halos"),
         "Clearcell": ("clear cell renal cell carcinoma", "renal carcinoma with clear cytoplasm", "conventional renal cell carcinoma"),
         "Oncocytoma": ("renal oncocytoma", "oncocytoma", "nests of oncocytes with granular eosinophilic cytoplasm"),
-        "Papillary": ("papillary renal cell carcinoma", "papillary carcinoma of the kidney", "renal papillae with foamy macrophages"),
+        "Papillary": ("papillary renal cell carcinoma", "papillary carcinoma of the kidney", "papillary fronds with foamy macrophages"),
     },
-    "nsclc": {                                            # whole slides of TCGA or CPTAC, 20x and 40x
+    "nsclc": {                                            # whole slides of TCGA, 20x and 40x; CPTAC writes LSCC where TCGA has LUSC
         "LUAD": ("lung adenocarcinoma", "adenocarcinoma of the lung", "non-small cell carcinoma with glands", "lepidic or acinar growth in the lung"),
         "LUSC": ("lung squamous cell carcinoma", "squamous cell carcinoma of the lung", "keratinizing carcinoma of the lung", "keratin pearls in the lung"),
     },
     "bracs": {                                            # whole slides and regions of the breast, 40x
         "N": ("normal breast tissue", "healthy breast lobules"),
-        "PB": ("pathological benign breast tissue", "benign breast lesion", "fibrocystic change"),
+        "PB": ("pathological benign breast tissue", "fibrocystic change", "fibroadenoma"),
         "UDH": ("usual ductal hyperplasia", "benign ductal hyperplasia of the breast"),
         "FEA": ("flat epithelial atypia", "dilated acini with flat atypical epithelium"),
         "ADH": ("atypical ductal hyperplasia", "atypical proliferation of ducts"),
@@ -127,6 +127,6 @@ DATASETS = {
 }
 
 
-def class_prompts(names, ensemble=True, templates=BUILT_IN_TEMPLATES):
+def class_prompts(names, templates, ensemble=True):
     """Prompts of one class, a list of str: its names x templates, or only its first name."""
     return [t.format(n) for n in names for t in templates] if ensemble else [names[0]]

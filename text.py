@@ -18,11 +18,15 @@ negated findings" (NegEx): denials are found by trigger phrases and reach to the
 import argparse
 import csv
 import functools
+import html
+import io
 import json
 import math
 import os
 import re
 import sys
+import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -67,42 +71,61 @@ finding findings impression favour favours favor favors case cases pattern patte
 h e haematoxylin hematoxylin eosin stain stains stained staining
 
 mm cm um µm μm nm mpp micron microns micrometer micrometers millimeter millimeters centimeter centimeters dimension hpf hpfs percent
-measure measures measured measuring
+measure measures measured measuring mm2 cm2 mm3
+
+provide provides provided offer offers insight insights sure pathologist pathologists examine assess evaluate evaluation confirm further used
+educational human quality analysis figure courtesy history suspicious concern concerning purposes none nothing hardly
 """.split())
 
 # Words that say something only beside others: "medium-sized ducts" is a finding, "medium-sized" is none.
 LONE_WORDS = frozenset("""
-large small medium sized size big high low higher lower increased decreased abundant scant scattered dense loose mild moderate severe
+large small medium sized size big high low higher increased decreased abundant scant scattered dense loose mild moderate severe
 marked prominent extensive focal diffuse multiple numerous single occasional minimal substantial strong limited irregular regular round
-oval elongated enlarged uniform variable variability variation varying various different similar normal abnormal typical
+oval elongated enlarged uniform variable variability variation varying various different similar normal abnormal rare scarce infrequent inconspicuous intact positive
 pink purple blue brown dark pale light white red clear bright thin thick ragged color colour background well poor highly slightly partial superficial deep
 cell tissue structure shape shaped type kind group grade degree level amount number distribution rate component population element
-invasive infiltrate infiltrating proliferate proliferating proliferative aligned associated located attached adjacent fused disrupted classified classification
-mass total percentage index
+invasive infiltrate infiltrating proliferating proliferative aligned associated located attached adjacent fused disrupted classified classification
+total percentage index
 """.split())
 
 # A word that is a measure or a number and not a finding: "20", "40x", "pt2", "g3", "ii/iii", "n83-8950". A marker (cd20, p53, ki-67) is one.
-MEASURE = re.compile(r"\d.*|(?:p?[tnm]|g)\d[a-d]?|[ivx]+(?:/[ivx]+)*|[a-z]*\d+-\d+|[a-z]*\d{4,}")
+MEASURE = re.compile(r"x?\d.*|(?:p?[tnm]|g)\d[a-d]?|[ivx]+(?:/[ivx]+)*|[a-z]*\d+-\d+|[a-z]*\d{4,}")
 VERBAL = re.compile(r"infiltrating|proliferating|\w{3,}(?<!e)(?<!differentiat)ed")           # behind a noun a verb, before it an adjective
 WORD = re.compile(r"in situ\b|[^\W_]+(?:[/-][^\W_]+)*")
-SENTENCE = re.compile(r"[.;:!?\n](?!\d)|\b(?:but|although|though|however|while|whereas|except)\b")
-SEGMENT = re.compile(r"[,()\[\]]")
+
+# How captions are written, made one: (what is found, what stands for it), in this order.
+TIDY = [(re.compile(found), put) for found, put in (
+    (r"</?(?:p|br|li|ul|ol|div|h\d)\b[^>]{0,200}>", ". "), (r"https?://\S+", ", "), (r"<[a-z/][^>]{0,200}>|[*`#]+", " "),             # HTML, links, markdown
+    (r"['\u2019]s\b", ""), (r"\bnon (?=\w)", "non-"), (r"\bw/o\b", "without"), (r"\bw/", "with "), (r"\br/o\b", "rule out"), (r"\bneg for\b", "negative for"),
+    (r"\b(?:it is|it's) (?:important|worth|crucial) (?:to )?(?:note|noting|mention|mentioning)(?: that)?\b", " "),
+    (r"\b([a-z])\. (?=[a-z])|\b(e\.g|i\.e|vs|cf|ca)\.", r"\1 "),                     # a dot that ends no sentence: "e. coli"
+    # Necrosis: absent. Necrosis - none. CK20 (-). Mitoses: 0.
+    (r"(?:^|(?<=[.;,()\n]))[^.;:,()\n]*(?:(?::|\s[-\u2013])\s*(?:no|none|nil|absent|negative|not|0)\b[^.;\n]*|\(\s*(?:[-\u2013]|none|absent|negative)\s*\))", " "))]
+
+SENTENCE = re.compile(r"[.;:!?\n](?!\d)|\b(?:but|although|though|however|while|whereas|except)\b"
+                      r"|\band (?=there (?:is|are)\b|the [\w -]{1,60}? (?:is|are|has|have|shows?|contains?)\b)")
+SEGMENT = re.compile(r"[,()\[\]&]")
 
 # What a captioner says about itself, not about the picture: such a sentence is passed over.
-REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)? correlat|\b(?:is|are) (?:advised|recommended|important)\b"
+REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)? correlat|\b(?:is|are) (?:advised|recommended)\b|\bimportant to \w+|\bconsult\b"
                     r"|\b(?:cannot|can not|could not) be (?:excluded|ruled|determined)|\bplease\b|\bas an ai\b|\badditional (?:information|context)")
 
-# Denials [2]: from here to the end of the clause nothing is seen ("no evidence of necrosis"), or this clause says that its subject is not
-# ("mitoses are not identified").
-DENIAL = re.compile(r"\b(?:no|not(?! only| just)|without|absence of|absent|negative for|lack of|lacks?|lacking|free of|devoid of|neither|never|nor"
-                    r"|rather than|instead of|compared? (?:this )?(?:with|to)|unlike|similar to|mimic(?:s|king)?|rules? out|ruling out|excludes?|excluding)\b")
-DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could)\s?(?:not(?! only| just)\b|absent\b|lacking\b|never\b)|\w+n['\u2019]t\b|\bunlikely\b")
+# Denials [2]: from here to the end of the clause nothing is seen ("no evidence of necrosis") ...
+DENIAL = re.compile(r"\b(?:no|none|nothing|not(?! only| just)|without|absence of|absent|negative for|lack of|lacks?|lacking|(?:free|void|devoid|clear) (?:of|from)|neither|never|nor"
+                    r"|hardly|little if|fail(?:s|ed)? to|rather than|instead of|in contrast to|compared? (?:this )?(?:with|to)|unlike|similar to|mimic(?:s|king)?"
+                    r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|exclud(?:es?|ing)|if)\b")
+# ... or the clause says that its subject is not ("mitoses are not identified").
+DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could|has|have|had|do|does|did|appears?|seems?|remains?)\s?(?:(?:\w+ly|also|to be|been)\s)*"
+                    r"(?:not(?! only| just)\b|absent\b|lacking\b|never\b|excluded\b|ruled out\b)|\w{1,9}n['\u2019]t\b|\bunlikely\b"
+                    r"|(?:\babsent|\bnegative|\bexcluded|\bnot (?:identified|seen|present|found|detected|observed|noted))\s*$")
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed|noted|found)\b")
+LAST = re.compile(r"^\s*and\b|\b(?:or|nor)\b")                                       # the last item of a list
 
-IRREGULAR = {"nuclei": "nucleus", "nucleoli": "nucleolus", "papillae": "papilla", "trabeculae": "trabecula", "lumina": "lumen",
+IRREGULAR = {"nuclei": "nucleus", "nucleoli": "nucleolus", "glomeruli": "glomerulus", "nevi": "nevus", "emboli": "embolus", "lumina": "lumen",
              "lumens": "lumen", "septa": "septum", "mitoses": "mitosis", "metastases": "metastasis", "villi": "villus",
              "acini": "acinus", "alveoli": "alveolus", "bronchi": "bronchus", "carcinomata": "carcinoma", "stromata": "stroma",
-             "foci": "focus", "calculi": "calculus", "thrombi": "thrombus", "bacilli": "bacillus", "fungi": "fungus"}
+             "foci": "focus", "calculi": "calculus", "thrombi": "thrombus", "bacilli": "bacillus", "fungi": "fungus", "ganglia": "ganglion",
+             "sinuses": "sinus", "matrices": "matrix"} | {w: w for w in "pancreas lens pons herpes diabetes ascites langerhans series species facies".split()}
 
 
 def singular(word):
@@ -112,6 +135,8 @@ def singular(word):
         return IRREGULAR[word]
     if len(word) > 6 and word.endswith("oses"):
         return word[:-2] + "is"
+    if len(word) > 4 and word.endswith("ae"):
+        return word[:-1]
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes")):
@@ -130,33 +155,41 @@ def same(keyword):
 
 
 def _affirmed(sentence):
-    """The parts of a sentence that its speaker affirms. A denied list ("no atypia, necrosis, or mitoses") is denied to its end."""
-    parts, denied = SEGMENT.split(sentence), ""
+    """The parts of a sentence, cut at commas and brackets, that its speaker affirms: list of str. A denial takes its list along, before it
+    ("atypia, necrosis, and mitoses are absent") and behind it. Behind it there are two kinds: the "list" ends with its last item ("without
+    atypia, necrosis, or mitoses, in a fibrous stroma"), and the "subject" of the sentence with its verb ("No atypia, necrosis, and mitoses are seen")."""
+    parts, told, denied = SEGMENT.split(sentence), [], ""
     for i, part in enumerate(parts):
         if denied and not VERB.search(part):
-            denied = "" if denied == "list" and re.search(r"\b(?:or|nor)\b", part) else denied  # the last of the list
+            denied = "" if denied == "list" and LAST.search(part) else denied
             continue
-        if denied == "subject":                           # "No atypia, necrosis, and mitoses are seen": here the verb is
+        if denied == "subject":                           # here is its verb
             denied = ""
             continue
+        rest = next((p for p in parts[i + 1 :] if VERB.search(p) or LAST.search(p)), "")
+        opens = "list" if LAST.search(rest) and not VERB.search(rest) else ""
         denied = ""
-        if DENIED.search(part):
-            continue
-        if found := DENIAL.search(part):
-            yield part[: found.start()]
+        if found := DENIED.search(part):
+            before = part[: found.start()]
+            while told and not VERB.search(told[-1]) and (not before.strip() or re.search(r"\b(?:and|or)\b", before)):
+                told.pop()
+            denied = opens
+        elif found := DENIAL.search(part):
+            told.append(part[: found.start()])
             if not VERB.search(part[found.end() :]):
-                if not part[: found.start()].strip() and found[0] in ("no", "neither"):
-                    denied = "subject"
-                elif any(re.search(r"\b(?:or|nor)\b", later) and not VERB.search(later) for later in parts[i + 1 :]):
-                    denied = "list"
+                denied = "subject" if not told[-1].strip() and found[0] in ("no", "neither", "none") else opens
         else:
-            yield part
+            told.append(part)
+    return told
 
 
 @functools.lru_cache(maxsize=200_000)
 def _keywords(caption, longest):
+    caption = re.sub(r"\n(?=[a-z])", " ", unicodedata.normalize("NFKC", html.unescape(caption))).lower()                # a line only wrapped
     found = {}                                            # a dict keeps the order of first mention
-    for sentence in SENTENCE.split(re.sub(r"['\u2019]s\b", "", caption.lower())):
+    for pattern, put in TIDY:
+        caption = pattern.sub(put, caption)
+    for sentence in SENTENCE.split(caption):
         for part in () if REMARK.search(sentence) else _affirmed(sentence):
             run = []
             for word in [*WORD.findall(part), ""]:        # "" closes the last run
@@ -165,7 +198,8 @@ def _keywords(caption, longest):
                     continue
                 while run and VERBAL.fullmatch(run[-1]):
                     run.pop()
-                phrase = " ".join(run[-longest:])         # English puts the head of a noun phrase last
+                cut = run[-longest:]                      # English puts the head of a noun phrase last
+                phrase = " ".join(cut[1:] if len(cut) < len(run) and cut[0] == "cell" else cut)      # clear | cell renal cell carcinoma
                 words = re.split("[ -]", phrase)          # "clear cell" says something, "clear" and "cell" and "clear structure" do not
                 if len(phrase) > 2 and (words[1:] and words[-1] == "cell" or not all(w in LONE_WORDS or w.endswith("ly") for w in words)):
                     found.setdefault(same(phrase), phrase)
@@ -218,7 +252,7 @@ def _caption_lines(file):
     for i, _, row in read_jsonl(file):
         try:
             key, caption = row["key"], row["caption"]
-            if not isinstance(caption, str | None):
+            if not isinstance(key, str) or not isinstance(caption, str | None):
                 raise TypeError
         except (KeyError, TypeError):
             raise ValueError(f'{file}:{i}: expected {{"key": ..., "node": ..., "caption": "..."}}: mend or delete this line') from None
@@ -227,13 +261,13 @@ def _caption_lines(file):
 
 def count_corpus(folder, most=1_000_000):
     """How often each keyword is named in a folder of shards: {"captions": number of captions, "count": {same(keyword): captions that
-    name it}}. One pass over bags-*.captions.jsonl, kept as `keywords.json` beside them and made anew when a caption file changed.
+    name it}}. One pass over bags-*.captions.jsonl, kept as `keywords.json` beside them and made anew when a caption file or this file changed.
 
     Where there are more than `most` keywords, those named once are forgotten on the way. ValueError where there are no captions."""
     files, path = sorted(Path(folder).glob("bags-*.captions.jsonl")), Path(folder) / "keywords.json"
     if not files:
         raise ValueError(f"{folder} holds no bags-*.captions.jsonl: caption the shards first (`python text.py import ... --shards {folder}`)")
-    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stamp = [zlib.crc32(Path(__file__).read_bytes()), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
     try:
         corpus = json.loads(path.read_text())
         if corpus["stamp"] == stamp:
@@ -247,6 +281,8 @@ def count_corpus(folder, most=1_000_000):
             count.update(map(same, keywords(caption)))
         if len(count) > most:
             count = Counter({s: n for s, n in count.items() if n > 1})
+    if not corpus["captions"]:
+        raise ValueError(f"{folder}/bags-*.captions.jsonl hold no caption: make them again (`python text.py caption` or `import`)")
     corpus["count"] = dict(sorted(count.items()))
     try:
         temporary = Path(f"{path}.{os.getpid()}.tmp")
@@ -258,6 +294,9 @@ def count_corpus(folder, most=1_000_000):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+CAPTION_COLUMNS = dict.fromkeys(("caption", "Answer", "title_en", "organ_en", "note")).keys()          # joined where there are several
+
 
 def _read_captions(source):
     """Yield (name, node or None, caption) of a JSON-lines file, a CSV with a heading, or a folder of JSON files, one per image, as the
@@ -271,20 +310,32 @@ def _read_captions(source):
     def row(where, r):
         try:
             r = json.loads(r) if isinstance(r, str) else r
-            parts = [r.get(k) or "" for k in ("caption", "Answer", "title_en", "organ_en", "note")]
+        except ValueError as e:
+            raise ValueError(f"{where}: not JSON ({e}): mend or delete this line") from None
+        try:
+            if not CAPTION_COLUMNS & r.keys():
+                raise KeyError
+            parts = [r.get(k) or "" for k in CAPTION_COLUMNS]
             name = next(r[k] for k in ("key", "slide", "Image", "image", "file") if r.get(k))
-            node = int(r["node"]) if r.get("node") not in (None, "") else None
-            return Path(name).name, node, ". ".join(p.strip().rstrip(".") for p in parts if p.strip())
-        except (StopIteration, ValueError, TypeError, AttributeError):
-            raise ValueError(f'{where}: expected "key", "slide" or "image", a "caption", and perhaps a "node"') from None
+            node = r.get("node")
+            if node not in (None, "") and type(node) is not int and not str(node).strip().isdigit():
+                raise ValueError
+            caption = ". ".join(p.strip().rstrip(".") for p in parts if p.strip())
+            return Path(name).name, int(node) if node not in (None, "") else None, caption.encode("utf-8", "replace").decode()
+        except (StopIteration, ValueError, KeyError, TypeError, AttributeError):
+            there = f", not {', '.join(map(str, r))}" if isinstance(r, dict) else ""
+            raise ValueError(f'{where}: expected "key", "slide" or "image", a "caption", and perhaps a "node"{there}') from None
 
     path = Path(source)
     if path.is_dir():
-        yield from (row(file, read(file)) for file in sorted(path.glob("*.json")))
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise ValueError(f"{path} holds no *.json, one per image: give such a folder, or a CSV or JSON-lines file")
+        yield from (row(file, read(file)) for file in files)
     elif path.suffix.lower() == ".csv":
-        yield from (row(f"{path}:{i}", r) for i, r in enumerate(csv.DictReader(read(path).splitlines()), 2))
+        yield from (row(f"{path}:{i}", r) for i, r in enumerate(csv.DictReader(io.StringIO(read(path), newline="")), 2))
     else:
-        yield from (row(f"{path}:{i}", line) for i, line in enumerate(read(path).splitlines(), 1) if line.strip())
+        yield from (row(f"{path}:{i}", line) for i, line in enumerate(read(path).split("\n"), 1) if line.strip())
 
 
 def import_captions(source, shards):
@@ -313,13 +364,13 @@ def import_captions(source, shards):
                if not ((key, None) in captions or (slide, None) in captions or any((key, n) in captions for n in range(85)))]
     if lacking:
         raise ValueError(f"{source} has no caption for {len(lacking)} bags of {len(set(lacking))} slides ({', '.join(sorted(set(lacking))[:3])}): add a line for each"
-                         + f"; {len(strangers)} of its names fit no bag" * bool(strangers))
+                         + (f"; {len(strangers)} of its lines fit no bag, the first {strangers[0]!r} (a node, 0 to 84, goes with a bag)" if strangers else ""))
     for out in (out for file in bags if (out := file.with_suffix(".captions.jsonl")).exists()):
         with open(out, encoding="utf-8") as f:
             if '"model"' in f.readline():
                 raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
     if strangers:
-        print(f"{len(strangers)} lines of {source} name no bag, node or slide of {shards} and are left out, the first {strangers[0]!r}", file=sys.stderr)
+        print(f"{len(strangers)} lines of {source} name no bag, image or slide of {shards} and are left out, the first {strangers[0]!r} (a node, 0 to 84, goes with a bag)", file=sys.stderr)
     for file, pairs in tqdm(bags.items(), desc="captions", unit="shard"):
         lines = []
         for key, slide in pairs:
@@ -347,7 +398,7 @@ def print_keywords(shards, bags, size):
                 return
             words = keyword_bag(captions, size, corpus)
             own = keyword_owners(captions, words).sum(0)
-            print(f"{key}: {len(captions)} captions, {len(words)} keywords\n  " + ", ".join(f"{w} ({n})" for w, n in zip(words, own)))
+            print(f"{key}: {sum(map(bool, captions))} captions, {len(words)} keywords\n  " + ", ".join(f"{w} ({n})" for w, n in zip(words, own)))
             shown += 1
 
 
@@ -372,6 +423,8 @@ def main():
     i.add_argument("--shards", required=True, help="folder of bags-*.tar")
     args = parser.parse_args()
     if args.command == "keywords":
+        if min(args.bags, args.size) < 1:
+            raise ValueError(f"--bags {args.bags} --size {args.size}: give at least 1 of each")
         print_keywords(args.shards, args.bags, args.size)
     elif args.command == "caption":
         levels = args.levels.split(",")

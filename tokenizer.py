@@ -138,15 +138,18 @@ class Tokenizer:
     def save(self, path):
         """Write the merges as JSON; the file appears whole or not at all."""
         temporary = Path(f"{path}.tmp")
-        temporary.write_text(json.dumps({"merges": self.merges}, ensure_ascii=False))
+        temporary.write_text(json.dumps({"merges": self.merges}, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, path)
 
     @classmethod
     def load(cls, path):
         """Read what `save` wrote. ValueError if the file is something else."""
         try:
-            return cls(json.loads(Path(path).read_text())["merges"])
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            merges = json.loads(Path(path).read_text(encoding="utf-8"))["merges"]
+            if not all(isinstance(m, list) and list(map(type, m)) == [str, str] for m in merges):
+                raise TypeError("no pairs")
+            return cls(merges)
+        except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} is not a tokenizer saved by this project; train.py writes tokenizer.json into the run folder") from e
 
     def encode(self, text):

@@ -43,6 +43,7 @@ import losses
 import model as networks
 import synthetic
 import text
+import weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -336,9 +337,9 @@ def build_model(cfg, tokenizer):
     torch.manual_seed(cfg.seed)
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[cfg.size])
     if cfg.vision_weights:
-        model.vision = networks.load_vit(cfg.vision_weights)
+        model.vision = weights.load_vit(cfg.vision_weights, networks.SIZES[cfg.size]["vision"]["size"])
     if cfg.clip_weights:
-        networks.adopt_text(model, networks.load_clip(cfg.clip_weights)[1])
+        weights.adopt_text(model, weights.load_clip(cfg.clip_weights)[1])
     return model
 
 

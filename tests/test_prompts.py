@@ -8,7 +8,8 @@ import synthetic
 LABELS = {
     "nct-crc": "ADI BACK DEB LYM MUC MUS NORM STR TUM", "pcam": "0 1", "lc25000-lung": "lung_n lung_aca lung_scc", "lc25000-colon": "colon_n colon_aca",
     "mhist": "HP SSA", "sicapv2": "NC G3 G4 G5", "bach": "Normal Benign InSitu Invasive", "wsss4luad": "tumor stroma normal", "digestpath": "neg pos",
-    "camelyon16": "normal tumor", "rcc-dhmc": "Benign Chromophobe Clearcell Oncocytoma Papillary", "nsclc": "LUAD LUSC"}
+    "camelyon16": "normal tumor", "rcc-dhmc": "Benign Chromophobe Clearcell Oncocytoma Papillary", "nsclc": "LUAD LUSC", "databiox": "1 2 3",
+    "unitopatho": "NORM HP TA.LG TA.HG TVA.LG TVA.HG", "bracs": "N PB UDH FEA ADH DCIS IC"}
 
 
 def test_the_built_in_world_is_covered():
@@ -18,7 +19,7 @@ def test_the_built_in_world_is_covered():
 
 
 def test_public_data_sets_have_the_classes_they_are_known_to_have():
-    assert {name: " ".join(prompts.DATASETS[name]) for name in LABELS} == LABELS
+    assert {name: " ".join(classes) for name, classes in prompts.DATASETS.items()} == LABELS
 
 
 @pytest.mark.parametrize("name", prompts.DATASETS)
@@ -31,7 +32,7 @@ def test_names_of_a_data_set(name):
 
 
 def test_an_ensemble_is_names_times_templates():
-    assert prompts.class_prompts(("a", "b"), templates=("{}", "an {}")) == ["a", "an a", "b", "an b"]
-    assert prompts.class_prompts(("a", "b"), ensemble=False) == ["a"]
+    assert prompts.class_prompts(("a", "b"), ("{}", "an {}")) == ["a", "an a", "b", "an b"]
+    assert prompts.class_prompts(("a", "b"), ("an {}",), ensemble=False) == ["a"]
     for templates in (prompts.TEMPLATES, prompts.BUILT_IN_TEMPLATES):
         assert len(set(templates)) == len(templates) and all(t.count("{}") == 1 for t in templates)

@@ -27,6 +27,10 @@ import text
     ("Ductal carcinoma in situ of the breast, Crohn\u2019s disease", ["ductal carcinoma in situ", "breast", "crohn disease"]),
     ("A tumour of 3.5 cm, 12 \u00b5m nuclei at 40x, pT2 G3, grade II/III, 20% CD20-positive B cells, Ki-67", ["tumour", "nucleus", "cd20-positive b cell", "ki-67"]),
     ("Clinical correlation is advised. It is important to consult a pathologist. Malignancy cannot be excluded.", []),
+    ("It is important to note that the tumor shows necrosis and cribriform glands.", ["tumor", "necrosis", "cribriform gland"]),
+    ("Poorly differentiated non small cell lung carcinoma, clear cell renal cell carcinoma", ["non-small cell lung carcinoma", "renal cell carcinoma"]),
+    ("Sclerosed glomeruli, the pancreas, hyphae, keratoses", ["sclerosed glomerulus", "pancreas", "hypha", "keratosis"]),
+    ("<p>Dense <b>stroma</b> &amp; fat&nbsp;cells</p> https://example.org/a.html \ufb01brous bands of 2 mm\u00b2", ["dense stroma", "fat cell", "fibrous band"]),
     ("", []), (None, []),
 ])
 def test_keywords(caption, expected):
@@ -44,6 +48,14 @@ def test_keywords(caption, expected):
     ("Nests rather than glands; her2-negative carcinoma.", ["nest", "her2-negative carcinoma"]),
     ("Mitoses aren't seen. Nests of cells, compared with a nest of basal cell carcinoma.", ["nest"]),
     ("Neither necrosis nor mitoses are seen in the nests.", []),
+    ("Absence of necrosis, mitoses, and atypia. Glands with no intervening stroma, with foamy macrophages.", ["gland", "foamy macrophage"]),
+    ("The image does not show any signs of necrosis, mitosis, or atypia.", []),
+    ("Necrosis, hemorrhage, and vascular invasion are not identified. Atypia (mild) is entirely absent.", []),
+    ("- **Necrosis:** None observed\n- Nuclei: vesicular nuclei\n2. Mitoses: 0\nCK20 (-), goblet cells", ["nucleus", "vesicular nucleus", "goblet cell"]),
+    ("Invasion not identified. Metastases have not been seen, melanoma was ruled out, mitoses do not appear. Fat.", ["fat"]),
+    ("None of the glands are dysplastic. It fails to show granulomas, w/o necrosis or mitoses; r/o lymphoma.", []),
+    ("There is no evidence of\nnecrosis or E. coli infection.\n\nNests of cells.", ["nest"]),
+    ("There is no necrosis and the glands are cribriform.", ["gland", "cribriform"]),
 ])
 def test_denied_findings_are_no_keywords(caption, expected):
     assert text.keywords(caption) == expected
@@ -72,6 +84,11 @@ def test_keyword_bag_ranks_by_what_is_special_to_the_bag():
     assert text.keyword_bag([None, ""], 5, corpus) == []
 
 
+def test_a_long_caption_takes_no_time():
+    for caption in ("a" * 200_000, "the " * 50_000, "glands, " * 20_000, "and the " * 20_000):
+        text.keywords(caption)
+
+
 def write_captions(folder, name, captions):
     rows = [{"key": f"{name}-{i // 85}", "node": i % 85, "caption": c} for i, c in enumerate(captions)]
     (folder / f"bags-{name}.captions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -97,10 +114,34 @@ def test_keywords_command(tmp_path):
     write_captions(tmp_path, "000000", ["Spindle cells.", "Spindle cells. Fat."] + [""] * 83 + ["Glands."])
     command = [sys.executable, text.__file__, "keywords", str(tmp_path), "--bags", "1"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "3 captions, 3 keywords" in out and "000000-0: 85 captions, 2 keywords\n  spindle cell (2), fat (1)" in out and "000000-1" not in out
+    assert "3 captions, 3 keywords" in out and "000000-0: 2 captions, 2 keywords\n  spindle cell (2), fat (1)" in out and "000000-1" not in out
     (tmp_path / "bags-000000.captions.jsonl").write_text("[1]\n")
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 1 and "bags-000000.captions.jsonl:1: " in bad.stderr and "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize("payload,words", [
+    ('{"slide": "a.tif", "words": "fat"}', 'expected "key", "slide" or "image".*not slide, words'), ('{"slide": ', "x.jsonl:1: not JSON"),
+    ('{"slide": "a.tif", "caption": "x", "node": 1.7}', 'x.jsonl:1: expected'), ('{"slide": "a.tif", "caption": "x", "node": Infinity}', "x.jsonl:1: expected"),
+    ("[1]", "x.jsonl:1: expected"), ('{"slide": "a.tif", "caption": "x", "node": 5}', "the first 'a.tif' .a node, 0 to 84, goes with a bag"), ("", "has no caption for 1 bags")])
+def test_captions_that_cannot_be_imported_are_one_sentence(payload, words, tmp_path):
+    one_bag(tmp_path)
+    (tmp_path / "x.jsonl").write_text(payload)
+    with pytest.raises(ValueError, match=words):
+        text.import_captions(tmp_path / "x.jsonl", tmp_path)
+
+
+def test_odd_but_whole_captions_are_imported(tmp_path):
+    one_bag(tmp_path)
+    (tmp_path / "x.csv").write_text('slide,caption\na.tif,"fat\nand nests"\n')
+    text.import_captions(tmp_path / "x.csv", tmp_path)
+    assert '"fat\\nand nests"' in (tmp_path / "bags-000000.captions.jsonl").read_text()
+    (tmp_path / "x.jsonl").write_text('{"slide": "a.tif", "caption": "fat \\ud83d\u2028nests"}')           # half an emoji, an odd line end
+    text.import_captions(tmp_path / "x.jsonl", tmp_path)
+    assert "fat ?\u2028nests" in (tmp_path / "bags-000000.captions.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "bags-000000.tar").write_bytes((tmp_path / "bags-000000.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match="bags-000000.tar is truncated or no shard"):
+        text.import_captions(tmp_path / "x.jsonl", tmp_path)
 
 
 def test_every_fact_of_the_built_in_world_survives_as_a_keyword():
@@ -114,15 +155,19 @@ def test_boilerplate_of_the_built_in_world_does_not():
         assert text.keywords(form.format("chordoma")) == ["chordoma"], form
 
 
-def test_import_one_caption_per_slide(tmp_path):
-    with tarfile.open(tmp_path / "bags-000000.tar", "w") as tar:
+def one_bag(folder):
+    with tarfile.open(folder / "bags-000000.tar", "w") as tar:
         for name, payload in (("k-0.jpg", b"x"), ("k-0.json", json.dumps({"slide": "a.tif"}).encode())):
             info = tarfile.TarInfo(name)
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
+
+
+def test_import_one_caption_per_slide(tmp_path):
+    one_bag(tmp_path)
     source = tmp_path / "slides.jsonl"
     source.write_text('{"slide": "b.tif", "caption": "fat"}\n')
-    with pytest.raises(ValueError, match="slides.jsonl has no caption for 1 bags of 1 slides .a.tif.*; 1 of its names fit no bag"):
+    with pytest.raises(ValueError, match="slides.jsonl has no caption for 1 bags of 1 slides .a.tif.*; 1 of its lines fit no bag, the first 'b.tif'"):
         text.import_captions(source, tmp_path)
     assert not list(tmp_path.glob("*.captions.jsonl"))
     source.write_text('{"slide": "a.tif", "title_en": "Endometriosis", "organ_en": "", "note": "in the wall."}\n')

@@ -1,0 +1,227 @@
+"""Public weights into these networks: UNI and other timm ViTs, CLIP in the dialects of open_clip, OpenAI and Hugging Face.
+
+Three spellings of the same two networks. One table renames their keys to ours, sizes are read off the shapes, and loading is strict
+both ways, so that a wrong file cannot half-load; networks that are something else are refused by name. Nothing is ever unpickled.
+
+Read in this order: read_weights -> load_vit -> load_clip -> adopt_text.
+
+References: [1] Chen et al. 2024, UNI (timm's ViT-L/16).  [2] Radford et al. 2021, CLIP.  [3] Ikezogwo et al. 2023, QuiltNet (open_clip's ViT-B/32).
+"""
+import json
+import math
+import mmap
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import TextTower, ViT
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))                 # UNI [1], timm
+CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # CLIP [2], QuiltNet [3], PLIP
+
+RENAME = [  # (theirs, ours), applied in order to each key
+    ("layer_norm1.", "ln1."), ("layer_norm2.", "ln2."), ("norm1.", "ln1."), ("norm2.", "ln2."), ("ln_1.", "ln1."), ("ln_2.", "ln2."),
+    ("attn.in_proj_", "attn.qkv."), ("attn.out_proj.", "attn.proj."), ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."),
+    ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("ls1.gamma", "ls1"), ("ls2.gamma", "ls2"),
+    ("transformer.resblocks.", "blocks."), ("encoder.layers.", "blocks."),
+    ("embeddings.token_embedding.weight", "embed.weight"), ("token_embedding.weight", "embed.weight"),
+    ("embeddings.position_embedding.weight", "pos"), ("positional_embedding", "pos"), ("pos_embed", "pos"),
+    ("embeddings.class_embedding", "cls"), ("class_embedding", "cls"), ("cls_token", "cls"),
+    ("embeddings.patch_embedding.weight", "stem.weight"), ("patch_embed.proj.", "stem."), ("conv1.weight", "stem.weight"),
+    ("pre_layrnorm.", "ln_pre."), ("ln_post.", "ln."), ("post_layernorm.", "ln."), ("final_layer_norm.", "ln."), ("ln_final.", "ln."),
+    ("norm.weight", "ln.weight"), ("norm.bias", "ln.bias"),  # timm's last norm; the others were renamed above
+]
+
+# What a file holds that is another network, by a key it alone has: (part of a key, what it is and why it does not fit).
+OTHERS = [
+    ("reg_token", "a ViT with register tokens (UNI2-h, Virchow2, H-optimus, DINOv2 with registers)"),
+    ("register_tokens", "a ViT with register tokens (DINOv2's own naming)"),
+    ("mask_token", "a DINOv2 backbone in its own naming: convert it with timm first"),
+    ("attn_pool_contrast", "CONCH, a CoCa with attentional poolers"),
+    ("attn_pool.", "a ViT with attentional pooling (SigLIP, CoCa)"),
+    ("visual.trunk.", "an open_clip model around a timm trunk: load the trunk alone with load_vit"),
+    ("visual.layer1.", "a CLIP with a ResNet image tower"),
+    ("beit3", "MUSK, a BEiT-3"),
+    ("norm_pre.", "a timm ViT with a norm before its blocks (CLIP's image tower as timm has it): load the open_clip file with load_clip"),
+    ("vision_model.head.", "a SigLIP"),
+    ("lora_", "an adapter, not a network"),
+]
+
+# ---------------------------------------------------------------- files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """A .safetensors file -> dict of tensors that stay on disk until they are touched. The format: 8 bytes, the length of a JSON header
+    {name: {dtype, shape, data_offsets}}; the header; the raw tensors. ValueError where a tensor would reach beyond the file."""
+    with open(path, "rb") as f:
+        size = f.seek(0, 2)
+        f.seek(0)
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or not 2 <= length <= size - 8:
+            raise ValueError(f"{path} is no safetensors file, or a part of one: its header should have {length:,} bytes and the file has {size:,}")
+        try:
+            header = json.loads(f.read(length))
+            tensors = {name: (DTYPES[t["dtype"]], [int(n) for n in t["shape"]], *map(int, t["data_offsets"]))
+                       for name, t in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path} is no safetensors file: its header cannot be read ({type(e).__name__}: {e})") from None
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)                       # private: writing to a tensor leaves the file alone
+    out = {}
+    for name, (dtype, shape, start, end) in tensors.items():
+        count = math.prod(shape)
+        if not 0 <= start <= end <= size - 8 - length or end - start != count * dtype.itemsize or min(shape, default=0) < 0:
+            raise ValueError(f"{path} is truncated or damaged: tensor {name} lies at bytes {start:,} to {end:,} of {size - 8 - length:,}")
+        out[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start).view(shape) if count else torch.empty(shape, dtype=dtype)
+    return out
+
+
+def read_weights(source):
+    """A state dict, or the path of one saved by torch or as safetensors -> dict of tensors. Never unpickles code."""
+    if isinstance(source, dict):
+        return source
+    if str(source).endswith(".safetensors"):
+        return read_safetensors(source)
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        kind = "is a TorchScript archive (as OpenAI's CLIP files are): save its state_dict() first" if "TorchScript" in str(e) else \
+            f"is not a file of tensors saved by torch (pytorch_model.bin, .pt): {e}".split("\n")[0]
+        raise ValueError(f"{source} {kind}") from e
+    for name in ("state_dict", "model", "teacher"):                                    # where training scripts put it
+        state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{source} does not hold a plain state dict of tensors")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def _refuse_others(state, source):
+    for part, what in OTHERS:
+        if key := next((k for k in state if part in k), None):
+            raise ValueError(f"{_name(source)} is {what}, which this network is not (it holds {key})")
+    if gate := next((k for k in state if k.endswith("mlp.fc1.weight") and k.replace("fc1", "fc2") in state
+                     and state[k].shape[0] == 2 * state[k.replace("fc1", "fc2")].shape[1]), None):
+        raise ValueError(f"{_name(source)} is a ViT with gated layers (SwiGLU: UNI2-h, Virchow, GigaPath), which this network is not (see {gate})")
+
+
+def _rename(state):
+    out = {}
+    for key, value in state.items():
+        for theirs, ours in RENAME:
+            key = key.replace(theirs, ours)
+        out[key] = value
+    for key in [k for k in out if ".attn.q_proj." in k]:                               # Hugging Face keeps q, k, v apart
+        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{c}_proj")) for c in "qkv"])
+    return out
+
+
+def _load(module, state, source):
+    """Strict both ways, with the first offending key of each kind in the message."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        raise ValueError(f"{_name(source)} does not fit: {len(missing)} keys missing {missing[:2]}, {len(extra)} unexpected {extra[:2]}, "
+                         f"{len(shapes)} of another shape {shapes[:2]}; use the weights this network is made for")
+    module.load_state_dict(state)
+    return module
+
+
+def _depth(state):
+    return 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
+
+
+def _heads(width):
+    """Shapes do not tell the heads. 64 channels each in every tower of the field up to large, 16 heads in the huge ones."""
+    return 16 if width in (1280, 1408, 1664) else width // 64
+
+
+def _resample(pos, grid):
+    """Positions [1, 1 + g g, D] of a g x g grid -> those of a grid x grid one, the class token's kept; bicubic and antialiased, as timm does."""
+    g = math.isqrt(pos.shape[1] - 1)
+    square = pos[:, 1:].float().view(1, g, g, -1).permute(0, 3, 1, 2)                  # [1, D, g, g]
+    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([pos[:, :1], square.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
+
+
+def _side(state, size, source):
+    """Patch size and image side of a renamed vision state; where another `size` is wanted, its positions are resampled in place."""
+    patch, places = state["stem.weight"].shape[-1], state["pos"].shape[1] - 1
+    own = math.isqrt(places) * patch
+    if math.isqrt(places) ** 2 != places:
+        raise ValueError(f"{_name(source)} has {places} places for patches, which make no square: it is not a ViT with one class token")
+    if size and size % patch:
+        raise ValueError(f"images of {size} px cannot be cut into the patches of {patch} px that {_name(source)} reads")
+    if size and size != own:
+        state["pos"] = _resample(state["pos"], size // patch)
+    return patch, size or own
+
+
+def load_vit(source, size=None):
+    """timm's plain ViT, so UNI's `pytorch_model.bin` [1] too: path or state dict -> ViT. Sizes come from the shapes alone; `size`: side of the
+    images it shall read where that is not the one it was trained on. ValueError names the keys when the file is another network."""
+    raw = read_weights(source)
+    _refuse_others(raw, source)
+    state = {k: v for k, v in _rename(raw).items() if not k.startswith("head.")}       # a classifier is not needed
+    if "stem.weight" not in state or "cls" not in state or "pos" not in state:
+        raise ValueError(f"{_name(source)} is not a timm vision transformer with a class token (no patch_embed, cls_token or pos_embed)")
+    patch, side = _side(state, size, source)
+    width = len(state["stem.weight"])
+    vit = ViT(side, patch, width, _depth(state), _heads(width), layer_scale=1e-5 * ("blocks.0.ls1" in state), **IMAGENET)
+    return _load(vit, state, source)
+
+
+def load_clip(source, quick_gelu=False, size=None):
+    """open_clip's (plain or `text.`-prefixed), OpenAI's or Hugging Face's CLIP [2]: path or state dict -> (ViT, TextTower); the image
+    projection is `vit.proj` [d, D]. No file says which GELU it was trained with: QuiltNet's hub configuration means quick_gelu=False [3],
+    OpenAI's and PLIP's True."""
+    state = dict(read_weights(source))
+    _refuse_others(state, source)
+    hf = any(k.startswith("vision_model.") for k in state)
+    drop = ("logit_scale", "logit_bias", "attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
+    state = {k: v for k, v in state.items() if not k.endswith(drop)}
+    sides = ("vision_model.", "text_model.") if hf else ("visual.", "text.")
+    own = ("visual_projection.weight", "text_projection.weight", "text_projection", "text.text_projection")
+    vision = _rename({k.removeprefix(sides[0]): v for k, v in state.items() if k.startswith(sides[0])})
+    text = _rename({k.removeprefix(sides[1]): v for k, v in state.items() if not k.startswith(sides[0]) and k not in own})
+    try:
+        if hf:
+            proj, text_proj = state["visual_projection.weight"], state["text_projection.weight"]
+        else:
+            proj = vision.pop("proj").T
+            text_proj = state.get("text_projection", state.get("text.text_projection")).T
+        width = len(vision["stem.weight"])
+        vision["cls"], vision["pos"] = vision["cls"].view(1, 1, width), vision["pos"].view(1, -1, width)
+        vocab, text_width = text["embed.weight"].shape
+        context = len(text["pos"])
+    except (KeyError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{_name(source)} is neither an open_clip nor a Hugging Face CLIP state dict (missing {e})") from e
+    text["proj.weight"] = text_proj
+    patch, side = _side(vision, size, source)
+    vit = ViT(side, patch, width, _depth(vision), _heads(width), pre_norm=True, patch_bias=False, eps=1e-5, quick=quick_gelu, **CLIP_STATS)
+    tower = TextTower(vocab, vocab - 1, context, text_width, _depth(text), text_width // 64, len(text_proj), quick=quick_gelu)
+    vit = _load(vit, vision, source)
+    vit.proj = nn.Parameter(proj.clone())
+    return vit, _load(tower, text, source)
+
+
+def _name(source):
+    return "the state dict" if isinstance(source, dict) else str(Path(source))
+
+
+def adopt_text(model, tower):
+    """Put CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own
+    function untouched."""
+    weight = tower.embed.weight
+    grown = torch.cat([weight, weight.mean(0, keepdim=True)])                          # [V + 1, D]
+    if grown.shape != model.text.embed.weight.shape or tower.proj.weight.shape != model.text.proj.weight.shape:
+        raise ValueError(f"the text weights have {len(weight)} ids of width {weight.shape[1]} and this model "
+                         f"{len(model.text.embed.weight) - 1} of {model.text.width}: use the tokenizer and --size they were made for")
+    tower.embed = nn.Embedding.from_pretrained(grown.detach().clone(), freeze=False)
+    model.text = tower
