@@ -116,7 +116,7 @@ DENIAL = re.compile(r"\b(?:no|none|nothing|not(?! only| just)|without|absence of
                     r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|exclud(?:es?|ing)|if)\b")
 # ... or the clause says that its subject is not ("mitoses are not identified").
 DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could|has|have|had|do|does|did|appears?|seems?|remains?)\s?(?:(?:\w+ly|also|to be|been)\s)*"
-                    r"(?:not(?! only| just)\b|absent\b|lacking\b|never\b|excluded\b|ruled out\b)|\w{1,9}n['\u2019]t\b|\bunlikely\b"
+                    r"(?:not(?! only| just)\b|absent\b|lacking\b|never\b|excluded\b|ruled out\b)|n['\u2019]t\b|\bunlikely\b"
                     r"|(?:\babsent|\bnegative|\bexcluded|\bnot (?:identified|seen|present|found|detected|observed|noted))\s*$")
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed|noted|found)\b")
 LAST = re.compile(r"^\s*and\b|\b(?:or|nor)\b")                                       # the last item of a list
