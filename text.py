@@ -154,6 +154,12 @@ def same(keyword):
     return " ".join(sorted(re.sub(r"([bt])re\b", r"\1er", keyword).split()))
 
 
+def _opens(parts):
+    """Does a denied list go on in these parts: does one begin with "and" or hold an "or" before one has a verb? -> "list" or ""."""
+    last = next((p for p in parts if VERB.search(p) or LAST.search(p)), "")
+    return "list" if LAST.search(last) and not VERB.search(last) else ""
+
+
 def _affirmed(sentence):
     """The parts of a sentence, cut at commas and brackets, that its speaker affirms: list of str. A denial takes its list along, before it
     ("atypia, necrosis, and mitoses are absent") and behind it. Behind it there are two kinds: the "list" ends with its last item ("without
@@ -166,18 +172,16 @@ def _affirmed(sentence):
         if denied == "subject":                           # here is its verb
             denied = ""
             continue
-        rest = next((p for p in parts[i + 1 :] if VERB.search(p) or LAST.search(p)), "")
-        opens = "list" if LAST.search(rest) and not VERB.search(rest) else ""
-        denied = ""
+        denied, ahead = "", parts[i + 1 : i + 20]         # no longer list is looked for
         if found := DENIED.search(part):
             before = part[: found.start()]
             while told and not VERB.search(told[-1]) and (not before.strip() or re.search(r"\b(?:and|or)\b", before)):
                 told.pop()
-            denied = opens
+            denied = _opens(ahead)
         elif found := DENIAL.search(part):
             told.append(part[: found.start()])
             if not VERB.search(part[found.end() :]):
-                denied = "subject" if not told[-1].strip() and found[0] in ("no", "neither", "none") else opens
+                denied = "subject" if not told[-1].strip() and found[0] in ("no", "neither", "none") else _opens(ahead)
         else:
             told.append(part)
     return told
