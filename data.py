@@ -113,7 +113,7 @@ def _finished(out, mpps, settings):
     table, failures = out / "slides.jsonl", out / "failures.jsonl"
     rows = _whole_rows(table, "slide", "shard", "bags", "mpp", "settings")
     if table.exists() and not table.read_bytes().endswith(b"\n"):           # the last row was cut off: the next starts a new line
-        _replace(table, "".join(json.dumps(row) + "\n" for row in rows))
+        replace_file(table, "".join(json.dumps(row) + "\n" for row in rows))
     done = {row["slide"]: row for row in rows if not row["bags"] or (out / row["shard"]).exists()}
     for name, row in done.items():
         old, new = dict(row["settings"], mpp=row["mpp"]), dict(settings, mpp=mpps.get(name) or row["mpp"])
@@ -133,7 +133,7 @@ def _finished(out, mpps, settings):
             raise ValueError(f"{shard} is in no row of {table}, which this command would write anew: move it or choose another --out")
         shard.unlink()
     old = [row for row in _whole_rows(failures, "slide", "reason") if row["slide"] not in mpps]             # the others are tried again
-    _replace(failures, "".join(json.dumps(row) + "\n" for row in old))
+    replace_file(failures, "".join(json.dumps(row) + "\n" for row in old))
     return done
 
 def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5, mpp=None, seed=0, workers=1, quality=90):
@@ -210,7 +210,7 @@ def _whole_rows(path, *keys):
             rows += [row] if isinstance(row, dict) and all(k in row for k in keys) else []
     return rows
 
-def _replace(path, content):
+def replace_file(path, content):
     """Write bytes or text so that the file appears whole or not at all."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temp.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -319,7 +319,7 @@ def _index(folder, captions):
         try:
             content = io.BytesIO()
             np.savez(content, **index)
-            _replace(path, content.getvalue())
+            replace_file(path, content.getvalue())
         except OSError:                                   # a folder that is only to be read: then it is made at each start
             pass
     return index

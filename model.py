@@ -31,6 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # pixel statistics of UNI and timm
+
 # Named sizes, as keyword arguments of the towers. `synthetic` learns within minutes on two CPU cores; `paper` is UNI [7]
 # and QuiltNet's text tower [8] under a 6 x 768 fusion network.
 SIZES = {
@@ -40,8 +42,7 @@ SIZES = {
         fusion=dict(width=64, depth=1, heads=2, pool=2),
         embed=128, simsiam=(128, 64)),
     "paper": dict(
-        vision=dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5,
-                    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        vision=dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5, **IMAGENET),
         text=dict(context=77, width=512, depth=12, heads=8),
         fusion=dict(width=768, depth=6, heads=12, pool=4),
         embed=512, simsiam=(2048, 512)),

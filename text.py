@@ -22,7 +22,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import sys
 import unicodedata
@@ -34,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 import captioner
-from data import read_jsonl
+from data import read_jsonl, replace_file
 from tokenizer import Tokenizer, trim  # noqa: F401  (the other scripts say text.Tokenizer)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,9 +288,7 @@ def count_corpus(folder, most=1_000_000):
         raise ValueError(f"{folder}/bags-*.captions.jsonl hold no caption: make them again (`python text.py caption` or `import`)")
     corpus["count"] = dict(sorted(count.items()))
     try:
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(corpus, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(corpus, ensure_ascii=False))
     except OSError:                                       # a folder that is only to be read
         pass
     return corpus
@@ -299,7 +296,7 @@ def count_corpus(folder, most=1_000_000):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-CAPTION_COLUMNS = dict.fromkeys(("caption", "Answer", "title_en", "organ_en", "note")).keys()          # joined where there are several
+CAPTION_COLUMNS = ("caption", "Answer", "title_en", "organ_en", "note")                  # joined where there are several
 
 
 def _read_captions(source):
@@ -317,7 +314,7 @@ def _read_captions(source):
         except ValueError as e:
             raise ValueError(f"{where}: not JSON ({e}): mend or delete this line") from None
         try:
-            if not CAPTION_COLUMNS & r.keys():
+            if not any(k in r for k in CAPTION_COLUMNS):
                 raise KeyError
             parts = [r.get(k) or "" for k in CAPTION_COLUMNS]
             name = next(r[k] for k in ("key", "slide", "Image", "image", "file") if r.get(k))
@@ -366,15 +363,16 @@ def import_captions(source, shards):
             captions[name, node] = caption
     lacking = [slide for pairs in bags.values() for key, slide in pairs
                if not ((key, None) in captions or (slide, None) in captions or any((key, n) in captions for n in range(85)))]
+    left_out = f"{len(strangers)} of its lines fit no bag, the first {strangers[0]!r} (a node, 0 to 84, goes with a bag)" if strangers else ""
     if lacking:
         raise ValueError(f"{source} has no caption for {len(lacking)} bags of {len(set(lacking))} slides ({', '.join(sorted(set(lacking))[:3])}): add a line for each"
-                         + (f"; {len(strangers)} of its lines fit no bag, the first {strangers[0]!r} (a node, 0 to 84, goes with a bag)" if strangers else ""))
+                         + (f"; {left_out}" if left_out else ""))
     for out in (out for file in bags if (out := file.with_suffix(".captions.jsonl")).exists()):
         with open(out, encoding="utf-8") as f:
             if '"model"' in f.readline():
                 raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
-    if strangers:
-        print(f"{len(strangers)} lines of {source} name no bag, image or slide of {shards} and are left out, the first {strangers[0]!r} (a node, 0 to 84, goes with a bag)", file=sys.stderr)
+    if left_out:
+        print(f"{source}: {left_out}", file=sys.stderr)
     for file, pairs in tqdm(bags.items(), desc="captions", unit="shard"):
         lines = []
         for key, slide in pairs:
@@ -382,10 +380,7 @@ def import_captions(source, shards):
                 named = [("image", (key, n)), ("bag", (key, None)), ("slide", (slide, None))]
                 if kind := next((kind for kind, name in named if name in captions), None):
                     lines.append(json.dumps({"key": key, "node": n, "caption": captions[dict(named)[kind]], "source": kind}, ensure_ascii=False))
-        out = file.with_suffix(".captions.jsonl")
-        temporary = Path(f"{out}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, out)
+        replace_file(file.with_suffix(".captions.jsonl"), "\n".join(lines) + "\n")
     return len(files)
 
 

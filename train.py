@@ -449,9 +449,9 @@ def main(argv):
         else:  # 5,000 bags of captions are plenty to learn merges from
             tokenizer = text.Tokenizer.train((c for i in range(min(5000, len(bags))) for c in bags.captions(i) if c), cfg.vocab)
         tokenizer.save(run / "tokenizer.json")
-    if rank == 0:
-        text.count_corpus(folder / "train")  # kept beside the shards for the other processes
     if distributed:
+        if rank == 0:
+            text.count_corpus(folder / "train")  # kept beside the shards, where every process's batches find it
         dist.barrier()
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
     context = networks.SIZES[cfg.size]["text"]["context"]

@@ -16,9 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import TextTower, ViT
+from model import IMAGENET, TextTower, ViT
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))                 # UNI [1], timm
 CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # CLIP [2], QuiltNet [3], PLIP
 
 RENAME = [  # (theirs, ours), applied in order to each key

@@ -217,14 +217,16 @@ def test_wrappings_of_training_scripts_are_taken_off(tmp_path):
     assert weights.read_weights(tmp_path / "a.pt").keys() == state.keys()
 
 
-def test_adopting_a_text_tower_leaves_clips_function_alone():
+def mrplip(vocab, end):
     torch.manual_seed(0)
-    model = networks.MRPLIP(41, 39, dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv"), dict(context=9, width=64, depth=2, heads=1),
-                            dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8))
-    tower, ids = weights.load_clip(clip_states()[0])[1], torch.tensor([[38, 5, 6, 39, 0], [38, 40, 6, 39, 40]])
+    return networks.MRPLIP(vocab, end, dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv"), dict(context=9, width=64, depth=2, heads=1),
+                           dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8))
+
+
+def test_adopting_a_text_tower_leaves_clips_function_alone():
+    model, tower, ids = mrplip(41, 39), weights.load_clip(clip_states()[0])[1], torch.tensor([[38, 5, 6, 39, 0], [38, 40, 6, 39, 40]])
     before = tower(ids[:1])[1]
     weights.adopt_text(model, tower)
     assert torch.equal(model.text(ids[:1])[1], before) and model.text(ids)[1].isfinite().all()            # id 40, [mask], is new
     with pytest.raises(ValueError, match="the text weights have 40 ids"):
-        weights.adopt_text(networks.MRPLIP(50, 48, dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv"), dict(context=9, width=64, depth=2, heads=1),
-                                           dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8)), weights.load_clip(clip_states()[0])[1])
+        weights.adopt_text(mrplip(50, 48), weights.load_clip(clip_states()[0])[1])
