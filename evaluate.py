@@ -64,7 +64,10 @@ def load_run(run, device="cpu"):
     state = torch.load(run / "ckpt.pt", map_location="cpu", weights_only=True)
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[state["config"]["size"]])
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        raise ValueError(f"{run}/ckpt.pt holds other networks than this code builds ({str(e).splitlines()[1].strip()}): use the commit that trained it (first line of {run}/log.jsonl)") from e
     return model.to(device).eval(), tokenizer
 
 

@@ -19,22 +19,36 @@ T text tokens, K keywords, L sequence length, D width, H heads, d the shared ima
 References
 [1] MR-PLIP, CVPR 2025, section 3.         [2] Dosovitskiy et al. 2021, ViT.        [3] Radford et al. 2021, CLIP.
 [4] Chen & He 2021, SimSiam (the heads).   [5] Touvron et al. 2021, LayerScale.     [6] Xiao et al. 2021 (the conv stem).
-[7] Chen et al. 2024, UNI (ViT-L/16).      [8] Ikezogwo et al. 2023, QuiltNet.
+[7] Chen et al. 2024, UNI (ViT-L/16).      [8] Ikezogwo et al. 2023, QuiltNet.      [9] Holtzman et al. 2020, nucleus sampling.
+
+    python model.py sizes                                     # parameters, FLOPs and memory of the named sizes, part by part
+    python model.py caption RUN IMAGE ...                     # what a trained model says of pictures, and its keywords for them
+    python model.py export RUN --to open_clip|huggingface     # both towers as a folder that those packages load
 """
+import argparse
+import json
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable  # collectives that carry gradients
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # pixel statistics of UNI and timm
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # pixel statistics of UNI and most of timm
+CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # of CLIP, QuiltNet, PLIP
 
 # Named sizes, as keyword arguments of the towers. `synthetic` learns within minutes on two CPU cores; `paper` is UNI [7]
-# and QuiltNet's text tower [8] under a 6 x 768 fusion network.
+# and QuiltNet's text tower [8] under a 6 x 768 fusion network. `quiltnet` has QuiltNet's image tower too (ViT-B/32, for those
+# without UNI); `plip` is the same with the GELU of OpenAI's CLIP and of PLIP, which no weights file mentions.
+CLIP_B32 = dict(size=224, patch=32, width=768, depth=12, heads=12, pre_norm=True, patch_bias=False, eps=1e-5, **CLIP_STATS)
+CLIP_TEXT = dict(context=77, width=512, depth=12, heads=8)
+FUSION = dict(width=768, depth=6, heads=12, pool=4)
 SIZES = {
     "synthetic": dict(
         vision=dict(size=64, patch=16, width=128, depth=1, heads=4, stem="conv", layer_scale=0.1),
@@ -43,16 +57,17 @@ SIZES = {
         embed=128, simsiam=(128, 64)),
     "paper": dict(
         vision=dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5, **IMAGENET),
-        text=dict(context=77, width=512, depth=12, heads=8),
-        fusion=dict(width=768, depth=6, heads=12, pool=4),
-        embed=512, simsiam=(2048, 512)),
+        text=CLIP_TEXT, fusion=FUSION, embed=512, simsiam=(2048, 512)),
+    "quiltnet": dict(vision=CLIP_B32, text=CLIP_TEXT, fusion=FUSION, embed=512, simsiam=(2048, 512)),
+    "plip": dict(vision=dict(CLIP_B32, quick=True), text=dict(CLIP_TEXT, quick=True), fusion=FUSION, embed=512, simsiam=(2048, 512)),
 }
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with fused q, k, v. x [N, L, D] -> [N, L, D].
 
-    mask: None, "causal", or bool broadcastable to [N, H, L, L], True where a query (row) may see a key (column)."""
+    mask: None, "causal", or bool broadcastable to [N, H, L, L], True where a query (row) may see a key (column).
+    at [N]: the one position of each whose output is wanted: [N, 1, D], and the mask has that one row, [N, 1, 1, L]."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -62,13 +77,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, mask=None):
-        """x [N, L, D] -> [N, L, D]."""
+    def forward(self, x, mask=None, at=None):
+        """x [N, L, D] -> [N, L, D], or [N, 1, D] with at."""
         N, L, D = x.shape
-        q, k, v = self.qkv(x).view(N, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [N, H, L, D/H]
+        if at is None:
+            q, k, v = self.qkv(x).view(N, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)      # each [N, H, L, D/H]
+        else:  # keys and values of all, one query
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(pick(x, at), weight[:D], bias[:D]).view(N, 1, self.heads, -1).transpose(1, 2)                   # [N, H, 1, D/H]
+            k, v = F.linear(x, weight[D:], bias[D:]).view(N, L, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         causal = isinstance(mask, str)
-        x = scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)  # [N, H, L, D/H]
-        return self.proj(x.transpose(1, 2).reshape(N, L, D))
+        x = scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)  # [N, H, L or 1, D/H]
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def pick(x, at):
+    """One token of each: x [N, L, D], at [N] -> [N, 1, D]."""
+    return x[torch.arange(len(x), device=x.device), at][:, None]
 
 
 class MLP(nn.Module):
@@ -95,9 +120,10 @@ class Block(nn.Module):
         self.ls1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else 1.0
         self.ls2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else 1.0
 
-    def forward(self, x, mask=None):
-        """x [N, L, D] -> [N, L, D]."""
-        x = x + self.ls1 * self.attn(self.ln1(x), mask)
+    def forward(self, x, mask=None, at=None):
+        """x [N, L, D] -> [N, L, D]; with at [N] only the token at that position of each: [N, 1, D]."""
+        update = self.attn(self.ln1(x), mask, at)
+        x = (x if at is None else pick(x, at)) + self.ls1 * update
         return x + self.ls2 * self.mlp(self.ln2(x))
 
 
@@ -105,7 +131,7 @@ class ViT(nn.Module):
     """Vision transformer [2]: images [N, 3, S, S] in [0, 1] -> tokens [N, 1 + P, D], class token first, after the final norm.
 
     stem "patch": one strided convolution, as timm, UNI and CLIP have it. `pre_norm`, no patch bias and `eps` are CLIP's dialect.
-    The pixel statistics are buffers: they belong to the weights, not to the data.
+    The pixel statistics are buffers, saved with the weights: they belong to them, not to the data.
     stem "conv": five convolutions with batch norm, four of stride 2 [6], for training from scratch within minutes. Two more habits of
     small texture networks come with it: an image is centred on its own mean colour (a stain tells nothing), and the class
     token starts as the mean of the patch tokens, so that it is of use before attention is. dev/LOG.md has what each is worth."""
@@ -133,8 +159,8 @@ class ViT(nn.Module):
         self.ln_pre = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(width, heads, eps, layer_scale, quick) for _ in range(depth))
         self.ln = nn.LayerNorm(width, eps)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images):
         """images [N, 3, S, S] in [0, 1] -> tokens [N, 1 + P, D]."""
@@ -299,14 +325,18 @@ class MRPLIP(nn.Module):
             tokens = torch.cat([tokens[:, :1], grid], 1)                               # [N, V, Dv]
         return self.fuse_image(tokens.to(self.fuse_image.weight.dtype)) + self.kind[0]
 
-    def fuse(self, x, mask):
-        """The one fusion transformer: x [N, L, D], mask bool [N, 1, 1 or L, L] -> [N, L, D]."""
-        for block in self.fusion:
+    def fuse(self, x, mask, at=None):
+        """The one fusion transformer: x [N, L, D], mask bool [N, 1, 1 or L, L] -> [N, L, D]. at [N]: one position of each is all that
+        is wanted, [N, 1, D]; the last layer then computes no other."""
+        for block in self.fusion[:-1]:
             x = block(x, mask)
-        return self.fusion_ln(x)
+        if at is not None and mask.shape[2] > 1:
+            mask = pick(mask[:, 0], at)[:, None]                                       # [N, 1, 1, L]
+        return self.fusion_ln(self.fusion[-1](x, mask, at))
 
-    def fuse_with_text(self, visual, text, valid, prefix=None):
-        """Joint encoding of images and captions: visual [N, V, D], text tokens [N, T, Dt], valid [N, T] -> fused text [N, T, D].
+    def fuse_with_text(self, visual, text, valid, prefix=None, at=None):
+        """Joint encoding of images and captions: visual [N, V, D], text tokens [N, T, Dt], valid [N, T] -> fused text [N, T, D], or
+        with at [N] the text token at that position alone, [N, D].
 
         prefix None: every position sees every real one (ITM, MLM). prefix [N] (positions in the prefix, start id
         included): image and prefix see each other, what follows is causal, so position i may predict token i + 1 (PLM)."""
@@ -315,34 +345,60 @@ class MRPLIP(nn.Module):
         x = torch.cat([visual, self.fuse_text(text) + self.kind[1]], 1)                # [N, V + T, D]
         mask = F.pad(valid, (V, 0), value=True)[:, None, None, :]                      # [N, 1, 1, V + T]
         if prefix is not None:
-            at = torch.arange(V + T, device=x.device)
-            causal = at[None, :] <= at[:, None]                                        # [L, L] key not after query
-            known = at[None, :] < V + prefix[:, None]                                  # [N, L] image and prefix
+            seq = torch.arange(V + T, device=x.device)
+            causal = seq[None, :] <= seq[:, None]                                      # [L, L] key not after query
+            known = seq[None, :] < V + prefix[:, None]                                 # [N, L] image and prefix
             mask = mask & (causal | known[:, None, :])[:, None]                        # [N, 1, L, L]
-        return self.fuse(x, mask)[:, V:]
+        return self.fuse(x, mask)[:, V:] if at is None else self.fuse(x, mask, V + at)[:, 0]
 
     def fuse_with_keywords(self, visual, w, valid):
         """Text-guided visual representation z (E_mm of [1]): visual [N, V, D], keyword features w [N, k_o, d], valid [N, k_o]
         -> z [N, D], read at the visual class token. Keywords carry no position: their order cannot matter."""
         x = torch.cat([visual, self.fuse_keyword(w.to(visual.dtype)) + self.kind[2]], 1)   # [N, V + k_o, D]
         mask = F.pad(valid, (visual.shape[1], 0), value=True)[:, None, None, :]            # [N, 1, 1, V + k_o]
-        return self.fuse(x, mask)[:, 0]
+        return self.fuse(x, mask, valid.new_zeros(len(x), dtype=torch.long))[:, 0]
 
     def lm_logits(self, x):
-        """Fused text features [M, D] -> vocabulary logits [M, vocab], tied to the text tower's embedding (MLM and PLM)."""
+        """Fused text features [..., D] -> vocabulary logits [..., vocab], tied to the text tower's embedding (MLM and PLM)."""
         return F.linear(self.lm_ln(F.gelu(self.lm_dense(x))), self.text.embed.weight, self.lm_bias)
 
     @torch.no_grad()
-    def caption(self, images, start, max_tokens=40):
-        """Greedy captions through the prefix mask: images [N, 3, S, S], id of the start token -> ids [N, T] (no start id; an
-        end id closes each). The prefix is the start id alone; nothing is cached: T short passes are cheap enough to read."""
-        visual = self.visual_tokens(self.vision(images))
-        ids = torch.full((len(images), 1), start, device=images.device)
-        prefix = torch.ones(len(images), dtype=torch.long, device=images.device)
-        for _ in range(min(max_tokens, len(self.text.pos) - 1)):
-            valid = text_valid(ids, self.text.end)
-            fused = self.fuse_with_text(visual, self.text(ids)[0], valid, prefix)
-            ids = torch.cat([ids, self.lm_logits(fused[:, -1]).argmax(-1, keepdim=True)], 1)
-            if (ids == self.text.end).any(1).all():
-                break
-        return ids[:, 1:]
+    def caption(self, images, prefix="", *, tokenizer, max_tokens=64, top_p=0.0, generator=None):
+        """Captions through the prefix mask: images [N, 3, S, S] in [0, 1] -> list of N str, each beginning with `prefix`. Model in eval mode.
+
+        top_p 0 takes the likeliest token each time; else one is drawn from the fewest that together have probability top_p [9].
+        A caption ends at its end id, or after max_tokens or the tower's context. Nothing is cached: T short passes are cheap enough to
+        read. ValueError where the prefix leaves no room."""
+        ids = torch.tensor([[tokenizer.start, *tokenizer.encode(prefix)]] * len(images), device=images.device).view(len(images), -1)       # [N, T]
+        known, context, end = ids.shape[1], len(self.text.pos), self.text.end
+        if known >= context:
+            raise ValueError(f"the prefix has {known - 1} tokens and the text tower reads {context}: shorten it")
+        visual, length = self.visual_tokens(self.vision(images)), lambda n: torch.full((len(images),), n, device=images.device)
+        while ids.shape[1] < min(context, known + max_tokens) and not (ids == end).any(1).all():
+            fused = self.fuse_with_text(visual, self.text(ids)[0], text_valid(ids, end), length(known), length(ids.shape[1] - 1))      # [N, D]
+            logits = self.lm_logits(fused).float()                                     # [N, vocab]
+            logits[:, [tokenizer.start, tokenizer.mask]] = -torch.inf                  # never asked of it in training
+            word = logits.argmax(-1, keepdim=True)                                     # [N, 1]
+            if top_p:
+                p, order = logits.softmax(-1).sort(descending=True)
+                word = order.gather(1, torch.multinomial(p * (p.cumsum(-1) - p < top_p), 1, generator=generator))
+            ids = torch.cat([ids, torch.where((ids == end).any(1, keepdim=True), end, word)], 1)           # what has ended stays so
+        return [tokenizer.decode(row) for row in ids.tolist()]
+
+    def flops(self, tokens=None, k_o=8):
+        """Matrix-multiplication FLOPs (a multiply-add is two) of one forward pass of each part, convolutions and attention included:
+        dict of part -> int, for one image, one caption of `tokens` ids (None: the context), one pair of them, one image with k_o keywords."""
+        def block(D, L, Q=None):  # keys and values of L tokens; queries, attention, projection and MLP of Q
+            Q = Q or L
+            return 2 * (2 * L * D * D + 2 * Q * L * D + (1 + 1 + 8) * Q * D * D)
+        vision, text, T = self.vision, self.text, tokens or len(self.text.pos)
+        Dv, Dt, d, D, V, depth = vision.width, text.width, len(self.proj.weight), len(self.fusion_ln.weight), 1 + (self.pool or vision.grid) ** 2, len(self.fusion)
+        side, stem = vision.size, 0
+        for conv in (m for m in vision.stem.modules() if isinstance(m, nn.Conv2d)):
+            side //= conv.stride[0]
+            stem += 2 * side * side * conv.weight.numel()
+        return {"vision": stem + len(vision.blocks) * block(Dv, 1 + vision.grid ** 2), "project": 2 * Dv * d, "visual_tokens": 2 * V * Dv * D,
+                "text": len(text.blocks) * block(Dt, T) + 2 * Dt * d,
+                "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "lm_logits": 2 * T * (D * Dt + Dt * len(self.lm_bias)),
+                "fuse_with_keywords": 2 * k_o * d * D + (depth - 1) * block(D, V + k_o) + block(D, V + k_o, 1),
+                "heads": sum(2 * m.weight.numel() for m in self.heads.modules() if isinstance(m, nn.Linear))}

@@ -264,7 +264,7 @@ def _caption_lines(file):
 
 def count_corpus(folder, most=1_000_000):
     """How often each keyword is named in a folder of shards: {"captions": number of captions, "count": {same(keyword): captions that
-    name it}}. One pass over bags-*.captions.jsonl, kept as `keywords.json` beside them and made anew when a caption file or this file changed.
+    name it}, "common": the 4,096 most frequent as they were first written}. One pass over bags-*.captions.jsonl, kept as `keywords.json` beside them and made anew when a caption file or this file changed.
 
     Where there are more than `most` keywords, those named once are forgotten on the way. ValueError where there are no captions."""
     files, path = sorted(Path(folder).glob("bags-*.captions.jsonl")), Path(folder) / "keywords.json"
@@ -277,16 +277,19 @@ def count_corpus(folder, most=1_000_000):
             return corpus
     except (OSError, ValueError, KeyError, TypeError):    # none yet, or a damaged one
         pass
-    corpus, count = {"stamp": stamp, "captions": 0, "count": {}}, Counter()
+    corpus, count, first = {"stamp": stamp, "captions": 0, "count": {}, "common": []}, Counter(), {}
     for file in tqdm(files, desc="keywords", unit="shard", disable=None, leave=False):
         for _, caption in _caption_lines(file):
             corpus["captions"] += bool(caption)
-            count.update(map(same, keywords(caption)))
+            for k in keywords(caption):
+                first.setdefault(s := same(k), k)
+                count[s] += 1
         if len(count) > most:
             count = Counter({s: n for s, n in count.items() if n > 1})
+            first = {s: first[s] for s in count}
     if not corpus["captions"]:
         raise ValueError(f"{folder}/bags-*.captions.jsonl hold no caption: make them again (`python text.py caption` or `import`)")
-    corpus["count"] = dict(sorted(count.items()))
+    corpus["count"], corpus["common"] = dict(sorted(count.items())), [first[s] for s, _ in count.most_common(4096)]
     try:
         replace_file(path, json.dumps(corpus, ensure_ascii=False))
     except OSError:                                       # a folder that is only to be read

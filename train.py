@@ -280,11 +280,10 @@ class Objective(nn.Module):
         real, ok = networks.text_valid(ids[row], model.text.end), valid.flatten()[row]                   # [M, T], [M]
         if cfg.itm:
             i, j, found = losses.hard_negatives(v[row], t[row], bag.repeat_interleave(N)[row], tau_itc, ok)
-            fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]),
-                                         torch.cat([real, real, real[j]]))             # [3M, T, D]
-            end = torch.cat([real, real, real[j]]).sum(1) - 1
-            match = model.itm_head(fused[torch.arange(len(fused), device=end.device), end])              # [3M, 2]
-            out["itm"] = losses.itm(*match.chunk(3), ok & found)
+            seen = torch.cat([real, real, real[j]])                                    # [3M, T]
+            fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]), seen,
+                                         at=seen.sum(1) - 1)                           # [3M, D] read at the end id
+            out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)       # [M, 2] each
         if cfg.mlm:
             special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
             masked, labels = losses.corrupt(word, real & ok[:, None], special[2], special, model.lm_bias.numel())
@@ -335,11 +334,13 @@ def make_optimizer(model, cfg, device):
 def build_model(cfg, tokenizer):
     """MRPLIP of the configured size, with public weights in its towers where paths are given."""
     torch.manual_seed(cfg.seed)
-    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[cfg.size])
+    size = networks.SIZES[cfg.size]
+    model, clip, quick = networks.MRPLIP(tokenizer.size, tokenizer.end, **size), "pre_norm" in size["vision"], size["text"].get("quick", False)
     if cfg.vision_weights:
-        model.vision = weights.load_vit(cfg.vision_weights, networks.SIZES[cfg.size]["vision"]["size"])
+        load = (lambda *a: weights.load_clip(a[0], quick, a[1])[0]) if clip else weights.load_vit
+        weights.adopt_vision(model, load(cfg.vision_weights, size["vision"]["size"]))
     if cfg.clip_weights:
-        weights.adopt_text(model, weights.load_clip(cfg.clip_weights)[1])
+        weights.adopt_text(model, weights.load_clip(cfg.clip_weights, quick)[1])
     return model
 
 

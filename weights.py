@@ -1,24 +1,23 @@
-"""Public weights into these networks: UNI and other timm ViTs, CLIP in the dialects of open_clip, OpenAI and Hugging Face.
+"""Public weights into these networks and out again: UNI and other timm ViTs, CLIP in the dialects of open_clip, OpenAI and Hugging Face.
 
 Three spellings of the same two networks. One table renames their keys to ours, sizes are read off the shapes, and loading is strict
 both ways, so that a wrong file cannot half-load; networks that are something else are refused by name. Nothing is ever unpickled.
 
-Read in this order: read_weights -> load_vit -> load_clip -> adopt_text.
+Read in this order: read_weights -> load_vit -> load_clip -> adopt_vision, adopt_text; then export, which goes the other way.
 
 References: [1] Chen et al. 2024, UNI (timm's ViT-L/16).  [2] Radford et al. 2021, CLIP.  [3] Ikezogwo et al. 2023, QuiltNet (open_clip's ViT-B/32).
 """
 import json
 import math
 import mmap
+import os
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import IMAGENET, TextTower, ViT
-
-CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # CLIP [2], QuiltNet [3], PLIP
+from model import CLIP_STATS, IMAGENET, TextTower, ViT
 
 RENAME = [  # (theirs, ours), applied in order to each key
     ("layer_norm1.", "ln1."), ("layer_norm2.", "ln2."), ("norm1.", "ln1."), ("norm2.", "ln2."), ("ln_1.", "ln1."), ("ln_2.", "ln2."),
@@ -123,6 +122,7 @@ def _rename(state):
 def _load(module, state, source):
     """Strict both ways, with the first offending key of each kind in the message."""
     own = module.state_dict()
+    state = {**{k: own[k] for k in ("mean", "std") if k in own}, **state}             # no file holds them: they are the family's
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if missing or extra or shapes:
@@ -162,9 +162,10 @@ def _side(state, size, source):
     return patch, size or own
 
 
-def load_vit(source, size=None):
+def load_vit(source, size=None, stats=IMAGENET):
     """timm's plain ViT, so UNI's `pytorch_model.bin` [1] too: path or state dict -> ViT. Sizes come from the shapes alone; `size`: side of the
-    images it shall read where that is not the one it was trained on. ValueError names the keys when the file is another network."""
+    images it shall read where that is not the one it was trained on; `stats`: mean and std of its pixels (0.5 and 0.5 for Google's own ViTs,
+    "augreg"). ValueError names the keys when the file is another network."""
     raw = read_weights(source)
     _refuse_others(raw, source)
     state = {k: v for k, v in _rename(raw).items() if not k.startswith("head.")}       # a classifier is not needed
@@ -172,7 +173,7 @@ def load_vit(source, size=None):
         raise ValueError(f"{_name(source)} is not a timm vision transformer with a class token (no patch_embed, cls_token or pos_embed)")
     patch, side = _side(state, size, source)
     width = len(state["stem.weight"])
-    vit = ViT(side, patch, width, _depth(state), _heads(width), layer_scale=1e-5 * ("blocks.0.ls1" in state), **IMAGENET)
+    vit = ViT(side, patch, width, _depth(state), _heads(width), layer_scale=1e-5 * ("blocks.0.ls1" in state), **stats)
     return _load(vit, state, source)
 
 
@@ -214,6 +215,19 @@ def _name(source):
     return "the state dict" if isinstance(source, dict) else str(Path(source))
 
 
+def adopt_vision(model, vit):
+    """Put a loaded vision tower into an MRPLIP made for its sizes, CLIP's projection with it. ValueError names what differs."""
+    proj = vars(vit)["_parameters"].pop("proj", None)
+    own, new = ({k: tuple(v.shape) for k, v in tower.state_dict().items()} for tower in (model.vision, vit))
+    if own != new or (proj is not None and proj.shape != model.proj.weight.shape):
+        key = next((k for k in [*own, *new] if own.get(k) != new.get(k)), "proj")
+        raise ValueError(f"the vision weights are another network than --size asks for ({key} is {new.get(key, 'not there')} in the file, "
+                         f"{own.get(key, 'not there')} in the model): choose the --size they belong to, or write one into model.SIZES")
+    model.vision = vit
+    if proj is not None:
+        model.proj.weight.data.copy_(proj)
+
+
 def adopt_text(model, tower):
     """Put CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own
     function untouched."""
@@ -224,3 +238,119 @@ def adopt_text(model, tower):
                          f"{len(model.text.embed.weight) - 1} of {model.text.width}: use the tokenizer and --size they were made for")
     tower.embed = nn.Embedding.from_pretrained(grown.detach().clone(), freeze=False)
     model.text = tower
+
+
+# ---------------------------------------------------------------- and out again
+
+THEIRS = {  # (ours, theirs), applied in order to each key: RENAME the other way. Names without a dot are whole keys.
+    "timm": [("ln1.", "norm1."), ("ln2.", "norm2."), ("stem.", "patch_embed.proj."), ("cls", "cls_token"), ("pos", "pos_embed")],
+    "open_clip": [("ln1.", "ln_1."), ("ln2.", "ln_2."), ("attn.qkv.", "attn.in_proj_"), ("attn.proj.", "attn.out_proj."), ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."),
+                  ("blocks.", "transformer.resblocks."), ("embed.weight", "token_embedding.weight"), ("stem.", "conv1."), ("cls", "class_embedding"), ("pos", "positional_embedding")],
+    "huggingface": [("ln1.", "layer_norm1."), ("ln2.", "layer_norm2."), ("attn.", "self_attn."), ("self_attn.proj.", "self_attn.out_proj."), ("blocks.", "encoder.layers."),
+                    ("ln_pre.", "pre_layrnorm."), ("embed.weight", "embeddings.token_embedding.weight"), ("stem.", "embeddings.patch_embedding."),
+                    ("cls", "embeddings.class_embedding"), ("pos", "embeddings.position_embedding.weight")],
+}
+
+TIMM = {(16, 192, 12): "vit_tiny_patch16", (16, 384, 12): "vit_small_patch16", (32, 384, 12): "vit_small_patch32", (16, 768, 12): "vit_base_patch16",
+        (32, 768, 12): "vit_base_patch32", (14, 1024, 24): "vit_large_patch14", (16, 1024, 24): "vit_large_patch16", (14, 1280, 32): "vit_huge_patch14"}
+
+
+def _spell(tower, dialect, last, prefix=""):
+    """A tower's weights by another dialect's names, `last` being that of the last norm; projection and pixel statistics are left out.
+    LayerScale is folded into the layer before it: ls * (W x + b) = (ls W) x + ls b."""
+    state = {k: v.detach().float().cpu() for k, v in tower.state_dict().items() if k not in ("mean", "std", "proj.weight")}
+    for key in [k for k in state if k.endswith((".ls1", ".ls2"))]:
+        layer, gain = key.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2"), state.pop(key)
+        state[f"{layer}.weight"] = gain[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = gain * state[f"{layer}.bias"]
+    if "embed.weight" in state:
+        state["embed.weight"] = state["embed.weight"][: tower.end + 1]                 # without [mask], which CLIP has not
+    out = {}
+    for key, value in state.items():
+        key = last + key.removeprefix("ln.") if key.startswith("ln.") else key
+        for ours, theirs in THEIRS[dialect]:
+            key = key.replace(ours, theirs) if "." in ours else theirs if key == ours else key
+        value = value.squeeze() if value.dim() == 3 and dialect != "timm" else value   # class token, positions: timm keeps a batch dimension
+        parts = {key.replace("qkv", f"{c}_proj"): part for c, part in zip("qkv", value.chunk(3))} if dialect == "huggingface" and ".qkv." in key else {key: value}
+        out |= {prefix + k: v for k, v in parts.items()}
+    return out
+
+
+def _to_open_clip(model, clip):
+    vision, text = model.vision, model.text
+    state = _spell(text, "open_clip", "ln_final.") | {"text_projection": _plain(text.proj.weight).T}
+    if clip:
+        state |= _spell(vision, "open_clip", "ln_post.", "visual.") | {"visual.proj": _plain(model.proj.weight).T}
+        image = dict(image_size=vision.size, patch_size=vision.patch, width=vision.width, layers=len(vision.blocks), head_width=vision.width // vision.blocks[0].attn.heads)
+    else:
+        state |= _spell(vision, "timm", "norm.", "visual.trunk.") | {"visual.head.proj.weight": _plain(model.proj.weight)}
+        name = f"{TIMM.get((vision.patch, vision.width, len(vision.blocks)), 'none')}_{vision.size}"
+        if name.startswith("none") or vision.size not in ((224,) if vision.patch == 14 else (224, 384)):
+            raise ValueError(f"open_clip reads a timm ViT by its name, and none has {len(vision.blocks)} layers {vision.width} wide and patches of {vision.patch} px in images of {vision.size}")
+        image = dict(image_size=vision.size, timm_model_name=name, timm_model_pretrained=False, timm_pool="token", timm_proj="linear")
+    words = dict(context_length=len(text.pos), vocab_size=text.end + 1, width=text.width, heads=text.blocks[0].attn.heads, layers=len(text.blocks))
+    if text.end + 1 != 49408:                                                          # its built-in tokenizer knows CLIP's merges only
+        words["hf_tokenizer_name"] = "in this folder"
+    return "open_clip_model.safetensors", state, {"open_clip_config.json": {
+        "model_cfg": {"embed_dim": len(model.proj.weight), "quick_gelu": text.blocks[0].mlp.quick, "vision_cfg": image, "text_cfg": words},
+        "preprocess_cfg": {"mean": vision.mean.flatten().tolist(), "std": vision.std.flatten().tolist(), "interpolation": "bicubic"}}}
+
+
+def _to_huggingface(model, clip):
+    vision, text = model.vision, model.text
+    if not clip:
+        raise ValueError("transformers' CLIPModel has a norm before its blocks and no patch bias, other than UNI and timm's ViTs: use --to open_clip")
+    state = _spell(text, "huggingface", "final_layer_norm.", "text_model.") | {"text_projection.weight": _plain(text.proj.weight)}
+    state |= _spell(vision, "huggingface", "post_layernorm.", "vision_model.") | {"visual_projection.weight": _plain(model.proj.weight)}
+    tower = lambda t, kind, **more: dict(
+        model_type=kind, hidden_size=t.width, intermediate_size=4 * t.width, num_hidden_layers=len(t.blocks), num_attention_heads=t.blocks[0].attn.heads, layer_norm_eps=t.ln.eps,
+        hidden_act="quick_gelu" if t.blocks[0].mlp.quick else "gelu", projection_dim=len(model.proj.weight), **more)
+    return "model.safetensors", state, {
+        "preprocessor_config.json": dict(image_processor_type="CLIPImageProcessor", do_resize=True, size={"shortest_edge": vision.size}, resample=3, do_center_crop=True,
+                                         crop_size={"height": vision.size, "width": vision.size}, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+                                         image_mean=vision.mean.flatten().tolist(), image_std=vision.std.flatten().tolist(), do_convert_rgb=True),
+        "config.json": dict(model_type="clip", architectures=["CLIPModel"], projection_dim=len(model.proj.weight),
+                            text_config=tower(text, "clip_text_model", vocab_size=text.end + 1, max_position_embeddings=len(text.pos),
+                                              bos_token_id=text.end - 1, eos_token_id=text.end, pad_token_id=text.end),
+                            vision_config=tower(vision, "clip_vision_model", image_size=vision.size, patch_size=vision.patch))}
+
+
+def _plain(tensor):
+    return tensor.detach().float().cpu().contiguous()
+
+
+def export(model, tokenizer, folder, to):
+    """The two towers of an MRPLIP as a folder of weights, configuration and tokenizer -> its path. `to`: "open_clip", for
+    `open_clip.create_model_and_transforms("local-dir:FOLDER")`, or "huggingface", for `transformers.CLIPModel.from_pretrained("FOLDER")`.
+
+    What they hold is a CLIP with the same embeddings to the last few bits; fusion, captions and the SimSiam heads stay behind.
+    ValueError where the package has no such network."""
+    if model.vision.conv:
+        raise ValueError("no other package has this image tower, whose stem is five convolutions: an exported model starts from public weights (--size paper, quiltnet or plip)")
+    clip = isinstance(model.vision.ln_pre, nn.LayerNorm)
+    name, state, files = {"open_clip": _to_open_clip, "huggingface": _to_huggingface}[to](model, clip)
+    special = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), ("<|startoftext|>", *["<|endoftext|>"] * 3)))
+    texts = {"vocab.json": json.dumps(tokenizer.id | {special["bos_token"]: tokenizer.start, special["eos_token"]: tokenizer.end}, ensure_ascii=False),
+             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges), ""]),
+             "tokenizer_config.json": json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=len(model.text.pos), **special), indent=1)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / name, state | {"logit_scale": _plain(model.itc_scale)})
+    for file, text in (texts | {file: json.dumps(content, indent=1) for file, content in files.items()}).items():  # what names the network comes last
+        (folder / f"{file}.tmp").write_text(text, encoding="utf-8")
+        os.replace(folder / f"{file}.tmp", folder / file)
+    return folder
+
+
+def write_safetensors(path, tensors):
+    """dict of float32 tensors -> a .safetensors file (see read_safetensors), which appears whole or not at all."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at := at + 4 * t.numel()]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)                                                    # readers expect aligned data
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():
+            f.write(t.contiguous().numpy())
+    os.replace(f"{path}.tmp", path)
