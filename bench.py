@@ -6,6 +6,7 @@
 
     data    a bag from a slide and from a shard, beside decoding the same JPEG bytes         (limit) and OpenSlide (peer)
     caption patches captioned through a server that answers after 50 ms                   (limit)
+    model   ViT-B/16 and CLIP's text tower, beside timm and open_clip (peers) and the machine's matrix-multiply rate (limit)
     vision  the preset's ViT forward and backward, beside the machine's matrix-multiply rate  (limit)
     attn    our fused attention, beside torch.nn.MultiheadAttention                           (peer)
     step    a whole training step, split by loss: what an ablation saves
@@ -18,7 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -49,6 +52,11 @@ try:
     import openslide  # pip install openslide-python openslide-bin: a peer to compare with, not needed otherwise
 except ImportError:
     openslide = None
+try:
+    import open_clip  # pip install timm open_clip_torch: likewise
+    import timm
+except (ImportError, RuntimeError):
+    open_clip = timm = None
 
 
 def interleaved(cases, rounds=5):
@@ -167,6 +175,38 @@ def bench_caption(folder, concurrency=32, seconds=0.05):
     server.terminate()
 
 
+def bench_model(device):
+    """ViT-B/16 and CLIP's text tower, forward and forward + backward, beside the same networks of timm and open_clip, and the rate of
+    each as a share of what large matrix multiplications reach. fp32 on a CPU; on a GPU bf16 autocast, with and without torch.compile."""
+    gpu = device == "cuda"
+    batch, n = (64, 8192) if gpu else (4, 2048)
+    m = networks.MRPLIP(49409, 49407, dict(size=224, patch=16, width=768, depth=12, heads=12), networks.CLIP_TEXT, dict(width=64, depth=1, heads=1, pool=4), 512, (64, 64)).to(device)
+    x, ids = torch.rand(batch, 3, 224, 224, device=device), torch.randint(0, 49000, (batch, 77), device=device)
+    ids[:, -1] = 49407
+    a, flops = torch.rand(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32), m.flops()
+    for name, part, ours, peer in (("ViT-B/16", "vision", lambda: m.vision(x), timm and timm.create_model("vit_base_patch16_224", num_classes=0).to(device)),
+                                   ("text tower", "text", lambda: m.text(ids)[1], open_clip and open_clip.create_model("ViT-B-16").to(device))):
+        theirs = peer and ((lambda: peer(x)) if part == "vision" else (lambda: peer.encode_text(ids)))
+        for compiled in (False, True) if gpu else (False,):
+            cases = {"matmul": lambda: a @ a}
+            for who, forward in (("ours", ours), ("peer", theirs)):
+                if forward:
+                    run = torch.compile(forward) if compiled else forward
+
+                    def once(backward, run=run):
+                        with torch.autocast(device, torch.bfloat16, enabled=gpu), contextlib.nullcontext() if backward else torch.no_grad():
+                            y = run()
+                        if backward:
+                            y.float().square().mean().backward()
+                    cases |= {f"{who} forward": functools.partial(once, False), f"{who} forward + backward": functools.partial(once, True)}
+            s = interleaved(cases, 10 if gpu else 7)
+            print(f"\n{name}, {batch} a batch, {'bf16' if gpu else 'fp32'}{', compiled' if compiled else ''}: {flops[part] / 1e9:.1f} GFLOP forward of one")
+            for mode, times in (("forward", 1), ("forward + backward", 3)):
+                share = statistics.median(times * batch * flops[part] / t / (2 * n ** 3 / p) for t, p in zip(s[f"ours {mode}"], s["matmul"]))
+                print(f"  {mode:20} {1000 * statistics.median(s[f'ours {mode}']):8.1f} ms, {share:.2f} of the matmul rate" + (
+                    f"; {'timm' if part == 'vision' else 'open_clip'} takes {statistics.median(q / t for q, t in zip(s[f'peer {mode}'], s[f'ours {mode}'])):.3f} times as long" if theirs else ""))
+
+
 def bench_vision(device):
     """Forward + backward of the preset's vision tower against the time its FLOPs take in one large matrix multiplication."""
     vit = networks.ViT(**networks.SIZES["synthetic"]["vision"]).to(device)
@@ -203,7 +243,7 @@ def bench_step(folder, device):
 
     def step(**off):
         objective = train.Objective(model, dataclasses.replace(cfg, **off))
-        return lambda: sum(objective(patches, batch, True)[0].values()).backward()
+        return lambda: sum(objective(patches, batch)[0].values()).backward()
     names = ("itm", "mlm", "plm", "cvta", "mrtva")
     cases = {"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in names}, "itc alone": step(**dict.fromkeys(names, 0.0)),
              "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": augment}
@@ -212,10 +252,10 @@ def bench_step(folder, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, caption, vision, attn, step (default: all)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, caption, model, vision, attn, step (default: all)")
     parser.add_argument("--side", type=int, default=8192, help="pixels, of the slide that `data` reads")
     args = parser.parse_args()
-    stages = {"data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
+    stages = {"data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "model": lambda: bench_model(device), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
               "step": lambda: bench_step(folder, device)}
     if unknown := set(args.stages) - set(stages):
         raise ValueError(f"unknown stage {unknown.pop()!r}; there are {', '.join(stages)}")

@@ -402,3 +402,116 @@ class MRPLIP(nn.Module):
                 "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "lm_logits": 2 * T * (D * Dt + Dt * len(self.lm_bias)),
                 "fuse_with_keywords": 2 * k_o * d * D + (depth - 1) * block(D, V + k_o) + block(D, V + k_o, 1),
                 "heads": sum(2 * m.weight.numel() for m in self.heads.modules() if isinstance(m, nn.Linear))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def saved_bytes(model, f):
+    """Bytes that autograd keeps for the backward pass of f(), the model's weights not counted."""
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}       # tensors that share memory count once
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        f()
+    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in weights)
+
+
+def print_sizes():
+    """Every named size, part by part: parameters, forward FLOPs, bytes of the weights, bytes of weights + gradients + Adam's moments,
+    and bytes kept for the backward pass of one item; all in fp32."""
+    for name, size in SIZES.items():
+        m = MRPLIP(1500 if name == "synthetic" else 49409, 48, **size)
+        S, T, V = m.vision.size, len(m.text.pos), 1 + (m.pool or m.vision.grid) ** 2
+        visual, valid, seen = torch.zeros(1, V, len(m.fusion_ln.weight)), torch.ones(1, T, dtype=torch.bool), torch.ones(1, 8, dtype=torch.bool)
+        words, pictures, ids, text = torch.zeros(1, 8, len(m.proj.weight)), torch.zeros(1, 3, S, S), torch.zeros(1, T, dtype=torch.long), torch.zeros(1, T, m.text.width)
+        flops, fusion = m.flops(), [m.fuse_image, m.fuse_text, m.fuse_keyword, m.fusion, m.fusion_ln]
+        rows = [(f"vision, an image of {S} px", [m.vision, m.proj], flops["vision"] + flops["project"], lambda: m.encode_image(pictures)),
+                (f"text, {T} ids", [m.text], flops["text"], lambda: m.encode_text(ids)),
+                (f"fusion, an image with {T} ids", fusion, flops["visual_tokens"] + flops["fuse_with_text"], lambda: m.fuse_with_text(visual, text, valid)),
+                ("... with 8 keywords", [], flops["fuse_with_keywords"], lambda: m.fuse_with_keywords(visual, words, seen)),
+                (f"word head, {T} ids", [m.lm_dense, m.lm_ln], flops["lm_logits"], lambda: m.lm_logits(text.new_zeros(1, T, visual.shape[2]))),
+                ("SimSiam heads, a node", [m.heads], flops["heads"], lambda: m.heads(visual[:, 0], valid[0, :1])[0])]
+        print(f"{name:32} {'parameters':>12} {'GFLOP':>9} {'weights':>10} {'to train':>10} {'kept for backward':>19}")
+        for part, modules, f, run in rows:
+            n = sum(p.numel() for module in modules for p in module.parameters())
+            print(f"  {part:30} {f'{n / 1e6:.2f} M' if n else '':>12} {f / 1e9:9.4f} {f'{4 * n / 1e6:.1f} MB' if n else '':>10} "
+                  f"{f'{16 * n / 1e6:.1f} MB' if n else '':>10} {saved_bytes(m, run) / 1e6:16.1f} MB")
+        n = sum(p.numel() for p in m.parameters())
+        print(f"  {'all':30} {n / 1e6:10.2f} M {'':9} {4 * n / 1e6:7.1f} MB {16 * n / 1e6:7.1f} MB\n")
+    print("fp32, one item each, no activation checkpointing. Under bf16 autocast about half is kept for backward; a frozen vision tower keeps nothing, and 2 bytes a weight.")
+
+
+def read_picture(path, size):
+    """A picture file -> [3, size, size] in [0, 1]: its largest centred square, resampled. ValueError names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has {image.mode} pixels, not 8-bit ones")
+            side, (W, H) = min(image.size), image.size
+            square = image.convert("RGB").resize((size, size), Image.BICUBIC, ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2))
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} is a slide, not a patch: cut it with `python data.py tile`") from None
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as a picture ({e}): give patches as PNG, JPEG or TIFF") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+
+
+def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
+    """A caption and the keywords closest in the shared space for each picture file, as they come -> how many could not be read."""
+    from evaluate import embed_texts, load_run
+    device, failed = "cuda" if torch.cuda.is_available() else "cpu", 0
+    (model, tokenizer), generator = load_run(run, device), torch.Generator(device).manual_seed(seed)
+    listed = Path(run) / "keywords.json"
+    words = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    if words:
+        w = embed_texts(model, tokenizer, words)                                       # [K, d]
+    else:
+        print(f"{listed} is not there (train.py writes it): captions only", file=sys.stderr)
+    for path in paths:
+        try:
+            image = read_picture(path, model.vision.size)[None].to(device)
+        except ValueError as e:
+            print(f"error: {e}", file=sys.stderr)
+            failed += 1
+            continue
+        print(f"{path}\n  {model.caption(image, prefix, tokenizer=tokenizer, top_p=top_p, generator=generator)[0]}")
+        if words:
+            with torch.no_grad():
+                cosine = (model.encode_image(image).cpu() @ w.T)[0].topk(min(best, len(words)))
+            print("  " + ", ".join(f"{words[i]} {c:.2f}" for c, i in zip(*map(torch.Tensor.tolist, cosine))))
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sizes")
+    c = commands.add_parser("caption")
+    c.add_argument("run", help="folder that train.py wrote")
+    c.add_argument("images", nargs="+", help="picture files, each one patch at a magnification the model was trained on")
+    c.add_argument("--prefix", default="", help="words the caption begins with")
+    c.add_argument("--top-p", type=float, default=0.0, help="draw from the likeliest words that together have this probability (0: always the likeliest)")
+    c.add_argument("--best", type=int, default=5, help="keywords shown (5)")
+    c.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    c = commands.add_parser("export")
+    c.add_argument("run")
+    c.add_argument("--to", choices=("open_clip", "huggingface"), required=True)
+    c.add_argument("--out", help="folder to write (RUN/open_clip or RUN/huggingface)")
+    args = parser.parse_args()
+    if args.command == "sizes":
+        print_sizes()
+    elif args.command == "caption":
+        if not 0 <= args.top_p <= 1:
+            raise ValueError(f"--top-p is a probability, not {args.top_p}")
+        sys.exit(print_captions(args.run, args.images, args.prefix, args.top_p, args.best, args.seed))
+    else:
+        import weights
+        from evaluate import load_run
+        folder = weights.export(*load_run(args.run), args.out or Path(args.run) / args.to, args.to)
+        print(f"wrote {folder}: image and text tower (fusion, captions and SimSiam heads have no place there)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

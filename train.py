@@ -214,7 +214,8 @@ class Batches(Dataset):
             pixels = torch.cat([cut(item["image"][None], n[None], w[None]) for item, n, w in zip(items, nodes, window)])     # [B, N, 3, S, S]
         return {"pixels": pixels, "turns": turns, "nodes": nodes, "window": window, "valid": valid,
                 "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
-                "keywords": encode(unique), "real": real, "bag_of": bag_of, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g)}
+                "keywords": encode(unique), "real": real, "bag_of": bag_of, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g),
+                "warm": torch.tensor(i // cfg.accumulate < cfg.warm * cfg.steps)}      # CVTA still takes the keywords of a node's own caption
 
     def _at(self, position):
         epoch, offset = divmod(position, len(self.bags))
@@ -250,8 +251,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.cfg = model, cfg
 
-    def forward(self, patches, batch, warm):
-        """patches [B, N, 3, S, S]; warm: CVTA still takes the keywords of a node's own caption."""
+    def forward(self, patches, batch):
+        """patches [B, N, 3, S, S], batch a dict -> ({loss: scalar}, {monitor: scalar})."""
         model, cfg, out = self.model, self.cfg, {}
         valid, ids = batch["valid"], batch["ids"].flatten(0, 1)                        # [B, N], [BN, T]
         B, N = valid.shape
@@ -294,7 +295,7 @@ class Objective(nn.Module):
 
         # The paper's own: one selection of keywords serves CVTA and E_mm.
         v = v.view(B, N, -1)
-        index, chosen = losses.select_keywords(v, w, cfg.k_o, batch["w_valid"], batch["own"] if warm else None)   # [B, N, k_o]
+        index, chosen = losses.select_keywords(v, w, cfg.k_o, batch["w_valid"], batch["own"] | ~batch["warm"])    # [B, N, k_o]
         if cfg.cvta:
             if cfg.negatives == "bag":
                 out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen))
@@ -462,7 +463,7 @@ def main(argv):
     if model.vision.size != bags.S:
         raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --patch-px {model.vision.size}")
     if cfg.freeze_vision:
-        model.vision.requires_grad_(False)
+        model.vision.requires_grad_(False).eval()  # its batch norms, where it has any, keep their averages
         if device == "cuda":
             model.vision.to(torch.bfloat16)  # casting the weights at every call would cost half as much again
     if not (cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva):  # parts no loss reaches must not wait for gradients
@@ -492,6 +493,8 @@ def main(argv):
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     batches = Batches(bags, tokenizer, cfg, context, rank, world)
+    if rank == 0 and not (run / "keywords.json").exists():
+        data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
                              pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None))
 
@@ -522,7 +525,7 @@ def main(argv):
             last = micro == cfg.accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                 with autocast:
-                    parts, monitors = forward(patches, batch, step < cfg.warm * cfg.steps)
+                    parts, monitors = forward(patches, batch)
                 loss = sum(getattr(cfg, name) * part for name, part in parts.items())
                 (loss / cfg.accumulate).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)

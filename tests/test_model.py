@@ -3,6 +3,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as networks
 
@@ -81,10 +83,107 @@ def test_pooled_visual_tokens_are_grid_means():
     assert torch.allclose(m.visual_tokens(tokens), expected, atol=1e-6)
 
 
-def test_embeddings_are_unit_vectors_and_captions_end():
+def test_the_last_layer_may_compute_one_token_only():
+    m = tiny()
+    visual, w, ok = torch.randn(3, 5, 16), torch.randn(3, 4, 12), torch.rand(3, 4) < 0.7
+    x = torch.cat([visual, m.fuse_keyword(w) + m.kind[2]], 1)
+    assert torch.allclose(m.fuse_with_keywords(visual, w, ok), m.fuse(x, F.pad(ok, (5, 0), value=True)[:, None, None])[:, 0], atol=1e-6)
+    text, real, at = torch.randn(3, 6, 24), torch.arange(6) < torch.tensor([[6], [3], [4]]), torch.tensor([5, 2, 1])
+    for prefix in (None, torch.tensor([1, 2, 4])):
+        whole, one = m.fuse_with_text(visual, text, real, prefix), m.fuse_with_text(visual, text, real, prefix, at)
+        assert torch.allclose(one, whole[torch.arange(3), at], atol=1e-6)
+
+
+class Words:
+    """A stand-in for the tokenizer of `tiny`: a text is its ids in decimal."""
+    start, end, mask = 47, 48, 49
+
+    def encode(self, text):
+        return [int(w) for w in text.split()]
+
+    def decode(self, ids):
+        return " ".join(str(i) for i in ids if i < 47)
+
+
+def chatty():
+    m = tiny()
+    m.lm_bias.data.normal_(generator=torch.Generator().manual_seed(5)).mul_(0.1)
+    m.text.embed.weight.data.mul_(60)                     # so that captions differ between images and from word to word
+    m.lm_bias.data[48] = 6.0
+    return m
+
+
+def test_greedy_captions_are_the_likeliest_words_and_end():
+    m, images = chatty(), torch.rand(6, 3, 32, 32) * torch.arange(6).view(6, 1, 1, 1)
+    images = images.clamp(max=1)
+    got = m.caption(images, tokenizer=Words(), max_tokens=12)
+    alone = [m.caption(image[None], tokenizer=Words(), max_tokens=12)[0] for image in images]
+    assert got == alone and len(set(got)) > 1             # in company and alone: nothing after an end leaks into a caption
+    ended = 0
+    with torch.no_grad():
+        for image, caption in zip(images, got):           # by hand: the whole sequence, no prefix argument but the mask it means
+            ids = torch.tensor([[47, *Words().encode(caption)]])
+            visual = m.visual_tokens(m.vision(image[None]))
+            x = torch.cat([visual, m.fuse_text(m.text(ids)[0]) + m.kind[1]], 1)
+            L = x.shape[1]
+            allowed = torch.ones(L, L).tril().bool()
+            allowed[:, :6] = True                         # the five visual tokens and the start id see each other
+            logits = m.lm_logits(m.fuse(x, allowed[None, None]))[0, 5:]
+            logits[:, [47, 49]] = -torch.inf
+            best = logits.argmax(-1).tolist()
+            assert best[:-1] == ids[0, 1:].tolist()
+            ended += best[-1] == 48
+            assert best[-1] == 48 or ids.shape[1] == 13
+    assert ended >= 2
+
+
+def test_captions_go_on_from_a_prefix_and_are_drawn_on_request():
+    m, images = chatty(), torch.rand(4, 3, 32, 32)
+    assert all(c.startswith("5 6 7") for c in m.caption(images, "5 6 7", tokenizer=Words()))
+    assert m.caption(images, tokenizer=Words(), top_p=1e-9) == m.caption(images, tokenizer=Words())     # the likeliest alone
+    m.lm_bias.data[48] = 0
+    draw = lambda seed: m.caption(images, tokenizer=Words(), top_p=0.95, generator=torch.Generator().manual_seed(seed), max_tokens=8)
+    assert draw(0) == draw(0) != draw(1)
+    assert all(len(Words().encode(c)) <= 15 for c in m.caption(images, tokenizer=Words(), max_tokens=99))   # the context is 16, start id included
+    with pytest.raises(ValueError, match="the prefix has 15 tokens and the text tower reads 16"):
+        m.caption(images, " ".join("1" * 15), tokenizer=Words())
+
+
+def test_nucleus_sampling_keeps_the_fewest_words_that_reach_p():
+    m = tiny()
+    m.lm_logits = lambda x: torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05] + [1e-9] * 46)).expand(len(x), 50).clone()
+    drawn = {w for c in m.caption(torch.rand(40, 3, 32, 32), tokenizer=Words(), top_p=0.7, generator=torch.Generator().manual_seed(0), max_tokens=10) for w in c.split()}
+    assert drawn == {"0", "1"}                             # 0.5 does not reach 0.7, 0.5 + 0.3 does
+
+
+@pytest.mark.parametrize("stem", ["conv", "patch"])
+@pytest.mark.parametrize("pool", [0, 2])
+def test_flops_are_what_torch_counts(stem, pool):
+    m = tiny(vision=dict(size=64, patch=16, width=32, depth=3, heads=2, stem=stem), fusion=dict(width=16, depth=3, heads=2, pool=pool))
+    T, V = 11, 1 + (pool or 4) ** 2
+    visual, ids, images = torch.randn(1, V, 16), torch.randint(0, 40, (1, T)), torch.rand(1, 3, 64, 64)
+    tokens, text = m.vision(images), m.text(ids)[0]
+    calls = {"vision": lambda: m.vision(images), "project": lambda: m.project(tokens), "visual_tokens": lambda: m.visual_tokens(tokens), "text": lambda: m.text(ids),
+             "fuse_with_text": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool()), "lm_logits": lambda: m.lm_logits(torch.randn(1, T, 16)),
+             "fuse_with_keywords": lambda: m.fuse_with_keywords(visual, torch.randn(1, 5, 12), torch.ones(1, 5).bool()),
+             "heads": lambda: m.heads(torch.randn(1, 16), torch.ones(1).bool())}
+    flops = m.flops(tokens=T, k_o=5)
+    assert flops.keys() == calls.keys()
+    for part, call in calls.items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel's products are not counted
+            call()
+        assert flops[part] == counter.get_total_flops(), part
+
+
+def test_both_encoders_compile_whole():
+    m = tiny()
+    images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[47, 3, 4, 48, 0], [47, 5, 48, 0, 0]])
+    for encode, x in ((m.encode_image, images), (m.encode_text, ids)):
+        assert torch.allclose(torch.compile(encode, fullgraph=True, backend="aot_eager")(x), encode(x), atol=1e-6)
+
+
+def test_embeddings_are_unit_vectors_of_images_of_the_right_size():
     m = tiny()
     assert torch.allclose(m.encode_image(torch.rand(3, 3, 32, 32)).norm(dim=-1), torch.ones(3), atol=1e-5)
-    ids = m.caption(torch.rand(2, 3, 32, 32), start=47, max_tokens=5)
-    assert ids.shape[0] == 2 and ids.shape[1] <= 5
     with pytest.raises(ValueError, match="32 x 32"):
         m.encode_image(torch.rand(1, 3, 64, 64))

@@ -93,11 +93,11 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
     tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
     batch = train.Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)[0]
     patches = batch["pixels"]  # the CPU loader has cut them
-    parts, _ = train.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch, True)
+    parts, _ = train.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch)
     assert set(parts) == {"itc", "itm", "mlm", "plm", "mrtva"}
     cfg = train.parse(["--bags", "4"])
     model = train.build_model(cfg, tokenizer)
-    parts, monitors = train.Objective(model, cfg)(patches, batch, True)
+    parts, monitors = train.Objective(model, cfg)(patches, batch)
     sum(parts.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     # an untrained model stands at chance: ln V, and for ITC ln M plus half the variance of its logits, 1 / (d tau^2) for random unit vectors

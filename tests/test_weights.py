@@ -1,4 +1,5 @@
 """pytest tests/test_weights.py — public weights: the layouts of timm, open_clip and Hugging Face, files of tensors, refusals by name."""
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as networks
+import tokenizer
 import weights
 
 
@@ -217,9 +219,11 @@ def test_wrappings_of_training_scripts_are_taken_off(tmp_path):
     assert weights.read_weights(tmp_path / "a.pt").keys() == state.keys()
 
 
-def mrplip(vocab, end):
+def mrplip(vocab, end, vision=dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv")):
     torch.manual_seed(0)
-    return networks.MRPLIP(vocab, end, dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv"), dict(context=9, width=64, depth=2, heads=1),
+    if vision is networks.CLIP_STATS:
+        vision = dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **vision)
+    return networks.MRPLIP(vocab, end, vision, dict(context=9, width=64, depth=2, heads=1),
                            dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8))
 
 
@@ -230,3 +234,85 @@ def test_adopting_a_text_tower_leaves_clips_function_alone():
     assert torch.equal(model.text(ids[:1])[1], before) and model.text(ids)[1].isfinite().all()            # id 40, [mask], is new
     with pytest.raises(ValueError, match="the text weights have 40 ids"):
         weights.adopt_text(mrplip(50, 48), weights.load_clip(clip_states()[0])[1])
+
+
+# ---------------------------------------------------------------- and out again
+
+TEXTS, IDS = ["mucin", "the mucin"], [514, 513, 76, 84, 66, 72, 333, 515]
+
+
+def export_cases():
+    """name -> (MRPLIP with weights that anybody can write down, its tokenizer, the packages it can leave for)."""
+    words = tokenizer.Tokenizer([("t", "h"), ("th", "e</w>")])
+    clip = dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **networks.CLIP_STATS)
+    timm = dict(size=224, patch=16, width=192, depth=12, heads=3, layer_scale=1e-5, **networks.IMAGENET)
+    out = {}
+    for name, vision, quick, ways in (("clip", clip, False, ("open_clip", "huggingface")), ("quick", dict(clip, quick=True), True, ("open_clip", "huggingface")), ("trunk", timm, False, ("open_clip",))):
+        m = networks.MRPLIP(words.size, words.end, vision, dict(context=9, width=64, depth=2, heads=1, quick=quick), dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8)).eval()
+        m.load_state_dict({**m.state_dict(), **sines({k: v.shape for k, v in m.named_parameters() if k != "itc_scale"})})
+        out[name] = m, words, ways
+    return out
+
+
+@pytest.mark.parametrize("name", ["clip", "quick", "trunk"])
+def test_golden_export(name, tmp_path):
+    """The packages load what is written (its keys and shapes are theirs) and then compute the same."""
+    m, words, ways = export_cases()[name]
+    ids = words.batch(TEXTS, 9)
+    assert ids[1, : len(IDS)].tolist() == IDS
+    with torch.no_grad():
+        v, t = m.encode_image(waves(m.vision.size))[1], m.encode_text(ids)[1]
+    for to in ways:
+        weights.export(m, words, tmp_path / to, to)
+        state = weights.read_safetensors(next((tmp_path / to).glob("*.safetensors")))
+        keys = "\n".join(sorted(f"{k} {tuple(x.shape)}" for k, x in state.items()))
+        assert hashlib.sha256(keys.encode()).hexdigest() == GOLDEN[f"export {name} {to} keys"]
+        assert close(v, f"export {name} {to} image") and close(t, f"export {name} {to} text")
+        if name != "trunk":                                # read back, the file is the same function
+            vit, tower = weights.load_clip(next((tmp_path / to).glob("*.safetensors")), name == "quick")
+            assert close(F.normalize(vit.eval()(waves(32))[1, 0] @ vit.proj.T, dim=-1), f"export {name} {to} image")
+        else:                                              # LayerScale is folded: a trunk without it, the same features
+            assert not any("ls1" in k for k in state)
+            vit = weights.load_vit({k.removeprefix("visual.trunk."): x for k, x in state.items() if k.startswith("visual.trunk.")}).eval()
+            assert close(F.normalize(vit(waves(224))[1, 0] @ state["visual.head.proj.weight"].T, dim=-1), f"export {name} {to} image")
+            tower = weights.load_clip({**{k: x for k, x in state.items() if not k.startswith("visual.")}, **{k: x for k, x in clip_states()[0].items() if k.startswith("visual.")}})[1]
+        assert close(F.normalize(tower(ids)[1][1], dim=-1), f"export {name} {to} text") and state["logit_scale"] == m.itc_scale
+        config = json.loads((tmp_path / to / ("config.json" if to == "huggingface" else "open_clip_config.json")).read_text())
+        assert ("quick" in json.dumps(config).replace('"quick_gelu": false', "")) == (name == "quick")
+        assert json.loads((tmp_path / to / "vocab.json").read_text())["<|endoftext|>"] == words.end == 515
+        assert not list((tmp_path / to).glob("*.tmp"))
+
+
+def test_loading_and_exporting_gives_the_file_back(tmp_path):
+    for dialect, to in zip(clip_states(), ("open_clip", "huggingface")):
+        m = mrplip(41, 39, networks.CLIP_STATS)
+        vit, tower = weights.load_clip(dialect)
+        weights.adopt_vision(m, vit)
+        weights.adopt_text(m, tower)
+        weights.export(m, tokenizer.Tokenizer([]), tmp_path / to, to)
+        state = weights.read_safetensors(next((tmp_path / to).glob("*.safetensors")))
+        assert state.keys() == dialect.keys() and all(torch.equal(state[k], dialect[k]) for k in dialect if k != "logit_scale")
+
+
+def test_what_cannot_leave_or_enter_is_one_sentence(tmp_path):
+    words = tokenizer.Tokenizer([])
+    with pytest.raises(ValueError, match="five convolutions.*--size paper"):
+        weights.export(mrplip(41, 39), words, tmp_path / "x", "open_clip")
+    plain = dict(size=32, patch=16, width=64, depth=2, heads=1)
+    with pytest.raises(ValueError, match="use --to open_clip"):
+        weights.export(mrplip(41, 39, plain), words, tmp_path / "x", "huggingface")
+    with pytest.raises(ValueError, match="none has 2 layers 64 wide and patches of 16 px in images of 32"):
+        weights.export(mrplip(41, 39, plain), words, tmp_path / "x", "open_clip")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match=r"another network than --size asks for \(cls is \(1, 1, 128\) in the file, \(1, 1, 64\) in the model"):
+        weights.adopt_vision(mrplip(41, 39, plain), weights.load_vit(timm_state()))
+
+
+def test_pixel_statistics_travel_with_the_weights():
+    vit = weights.load_vit(timm_state(64), stats=dict(mean=(0.5,) * 3, std=(0.5,) * 3))
+    assert vit.mean.flatten().tolist() == [0.5] * 3 == vit.std.flatten().tolist()
+    m = mrplip(41, 39, dict(size=32, patch=16, width=64, depth=2, heads=1, layer_scale=1.0))
+    weights.adopt_vision(m, vit)
+    other = mrplip(41, 39, dict(size=32, patch=16, width=64, depth=2, heads=1, layer_scale=1.0))
+    other.load_state_dict(m.state_dict())
+    assert torch.equal(other.vision.mean, vit.mean)
