@@ -109,8 +109,8 @@ def corrupt(ids, real, mask_id, special, vocab, rate=0.15, generator=None):
     """MLM's masking [2]: ids [M, T], real [M, T] (not padding) -> (corrupted ids, labels with -100 where nothing is asked).
     `rate` of the real tokens are chosen, special ids (a tuple) never; of those 80% become mask_id, 10% a random id, 10%
     stay."""
-    u = torch.rand(2, *ids.shape, device=ids.device, generator=generator)
-    random_ids = torch.randint(0, min(special), ids.shape, device=ids.device, generator=generator)
+    u = torch.empty(3, *ids.shape, device=ids.device).uniform_(generator=generator)    # [3, M, T]
+    random_ids = (u[2] * min(special)).long()
     ordinary = real.clone()
     for s in special:
         ordinary = ordinary & (ids != s)

@@ -201,4 +201,4 @@ def trim(ids, end, multiple=8):
     """Cut right padding: ids[..., T] -> ids[..., T'] with T' the longest text rounded up to `multiple`, so that a batch
     pays for its own length and a compiled graph sees few shapes."""
     longest = int((ids == end).int().argmax(-1).max()) + 1
-    return ids[..., : min(ids.shape[-1], -(-longest // multiple) * multiple)]
+    return ids[..., : min(ids.shape[-1], -(-longest // multiple) * multiple)].contiguous()

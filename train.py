@@ -320,6 +320,13 @@ def learning_rate(step, cfg):
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def mark_lengths(batch):
+    """Tell the compiler which sizes of a batch vary: captions and keywords are as long as their longest, keywords as many as there are.
+    All others are fixed, so that one graph serves every step."""
+    for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1), ("real", 0)):
+        torch._dynamo.mark_dynamic(batch[name], axis)
+
+
 def make_optimizer(model, cfg, device):
     """AdamW over four groups: towers have their own rate, and vectors, norms, temperatures and positions no decay."""
     groups = {}
@@ -482,7 +489,7 @@ def main(argv):
         if rank == 0:
             (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
-    forward = torch.compile(objective, dynamic=False) if cfg.compile else objective
+    forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None,
                                           find_unused_parameters=not all(getattr(cfg, k) for k in LOSSES))
@@ -516,6 +523,8 @@ def main(argv):
             batch = next(loader)
             waited += time.time() - wait
             batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+            if cfg.compile:
+                mark_lengths(batch)
             torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)  # masks, negatives, stains: a function of the step
             pixels = batch["pixels"]
             patches = pixels if pixels.dim() == 5 else cut(pixels, batch["nodes"], batch["window"])     # [B, N, 3, S, S]

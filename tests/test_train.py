@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import losses
 import train
@@ -104,6 +105,47 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
     rows = int(batch["valid"].sum())
     assert parts["itc"].item() == pytest.approx(torch.tensor(rows).log().item() + 0.5 / (128 * 0.07 ** 2), abs=0.6)
     assert parts["plm"].item() == pytest.approx(torch.tensor(float(tokenizer.size)).log().item(), abs=0.5)
+
+
+def test_the_objective_compiles_whole_and_once(world):
+    cfg = train.parse(["--bags", "4", "--steps", "8", "--warm", "0.5", "--keywords", "40"])
+    bags = train.data.BagDataset(world / "train")
+    tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
+    batches, objective = train.Batches(bags, tokenizer, cfg, 64), train.Objective(train.build_model(cfg, tokenizer), cfg)
+    counted = CompileCounterWithBackend("eager")
+    compiled, shapes = torch.compile(objective, dynamic=False, fullgraph=True, backend=counted), set()
+    for i in range(8):
+        batch = batches[i]
+        train.mark_lengths(batch)
+        shapes.add((batch["ids"].shape[2], *batch["keywords"].shape, bool(batch["warm"])))
+        torch.manual_seed(i)
+        (parts, _) = compiled(batch["pixels"], batch)
+        if i in (0, 7):                                                                # on both sides of the hand-over
+            torch.manual_seed(i)
+            expected, _ = objective(batch["pixels"], batch)
+            assert set(parts) == set(train.LOSSES) and all(torch.allclose(parts[k], expected[k], atol=1e-5) for k in parts)
+    assert len(shapes) > 2 and counted.frame_count == 1
+
+
+def test_a_frozen_tower_enters_neither_optimiser_nor_buckets(world, tmp_path):
+    cfg = train.parse(["--bags", "4", "--freeze_vision", "true"])
+    tokenizer = train.text.Tokenizer.train(["a sheet of cells"] * 3, 600)
+    model = train.build_model(cfg, tokenizer)
+    model.vision.requires_grad_(False)
+    held = {id(p) for group in train.make_optimizer(model, cfg, "cpu").param_groups for p in group["params"]}
+    assert held == {id(p) for n, p in model.named_parameters() if not n.startswith("vision.")}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(train.Objective(model, cfg))
+        buckets = ddp._get_ddp_logging_data()["bucket_sizes"]                  # bytes, "a, b, ..."
+        assert sum(map(int, str(buckets).split(","))) == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    common = ["--data", world, "--freeze_vision", "true", *SMALL]
+    run(*common, "--out", tmp_path / "a", "--steps", 1)
+    run(*common, "--out", tmp_path / "b", "--steps", 3)
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) == k.startswith(("vision.", "heads.norms.2")) or k in ("itc_scale", "cvta_scale") for k in a), [k for k in a if torch.equal(a[k], b[k])]
 
 
 def test_words_first_learn_which_words_mean_the_same():
