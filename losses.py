@@ -15,7 +15,6 @@ References
 """
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable  # collectives that carry gradients
 import torch.nn.functional as F
 
 
@@ -33,16 +32,27 @@ def rank_offset(n):
     return dist.get_rank() * n if world_size() > 1 else 0
 
 
+class AllGather(torch.autograd.Function):
+    """The gradient of a row is the sum of what every process's loss asks of it. torch has the same (`distributed.nn`), but not for its compiler."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """x [M, ...] -> [W M, ...]."""
+        out = x.new_empty(world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad [W M, ...] -> [M, ...]."""
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(world_size())[dist.get_rank()]
+
+
 def gather(x):
     """Concatenate x [M, ...] of every process in rank order -> [W M, ...], with gradients (all ranks must have equal M)."""
-    if world_size() == 1:
-        return x
-    if not x.is_floating_point():
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-    else:
-        parts = differentiable.all_gather(x.contiguous())
-    return torch.cat(list(parts))
+    return x if world_size() == 1 else AllGather.apply(x)
 
 
 def weighted_mean(x, weight):

@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable  # collectives that carry gradients
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -225,20 +224,27 @@ class BatchNorm(nn.Module):
         """x [M, D], valid bool [M] -> [M, D] (rows that are not valid are normalised too, but do not count)."""
         x = x.float()
         w = valid.float().unsqueeze(1)                                                 # [M, 1]
+        all_sum = AllSum.apply if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else lambda s: s
         total = torch.cat([(x * w).sum(0), w.sum().view(1)])                           # [D + 1] sum, count
-        total = _all_sum(total)
+        total = all_sum(total)
         count = total[-1].clamp(min=1)
         mean = total[:-1] / count
-        var = _all_sum(((x - mean) ** 2 * w).sum(0)) / count                           # two passes: no cancellation
+        var = all_sum(((x - mean) ** 2 * w).sum(0)) / count                           # two passes: no cancellation
         x = (x - mean) * torch.rsqrt(var + self.eps)
         return x if self.weight is None else x * self.weight + self.bias
 
 
-def _all_sum(x):
-    """Sum over processes with the gradient of a sum; x itself where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return differentiable.all_reduce(x)
-    return x
+class AllSum(torch.autograd.Function):
+    """Sum over processes. Every process's loss contains the sum, so its gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """x of any shape -> the same."""
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
 
 
 class Heads(nn.Module):
