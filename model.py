@@ -305,6 +305,7 @@ class MRPLIP(nn.Module):
                 block.attn.proj.weight.data.div_(math.sqrt(2 * len(tower)))
                 block.mlp.fc2.weight.data.div_(math.sqrt(2 * len(tower)))
         nn.init.normal_(self.text.embed.weight, std=0.02)
+        nn.init.constant_(self.lm_ln.weight, 25 / math.sqrt(self.text.width))           # logits start with std 0.5 at any width
         for p in (self.vision.cls, self.vision.pos, self.text.pos, self.kind):
             nn.init.normal_(p, std=0.01)
 
