@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -36,13 +37,15 @@ RENAME = [  # (theirs, ours), applied in order to each key
 OTHERS = [
     ("reg_token", "a ViT with register tokens (UNI2-h, Virchow2, H-optimus, DINOv2 with registers)"),
     ("register_tokens", "a ViT with register tokens (DINOv2's own naming)"),
-    ("mask_token", "a DINOv2 backbone in its own naming: convert it with timm first"),
+    ("mask_token", "a DINOv2 backbone in its own naming (timm converts it)"),
+    ("relative_position", "a BEiT or Swin with relative positions"),
+    ("fc_norm.", "a ViT that averages its patch tokens instead of reading a class token"),
     ("attn_pool_contrast", "CONCH, a CoCa with attentional poolers"),
     ("attn_pool.", "a ViT with attentional pooling (SigLIP, CoCa)"),
-    ("visual.trunk.", "an open_clip model around a timm trunk: load the trunk alone with load_vit"),
+    ("visual.trunk.", "an open_clip model around a timm trunk (load_vit reads that trunk alone)"),
     ("visual.layer1.", "a CLIP with a ResNet image tower"),
     ("beit3", "MUSK, a BEiT-3"),
-    ("norm_pre.", "a timm ViT with a norm before its blocks (CLIP's image tower as timm has it): load the open_clip file with load_clip"),
+    ("norm_pre.", "CLIP's image tower as timm has it (load_clip reads open_clip's file of it)"),
     ("vision_model.head.", "a SigLIP"),
     ("lora_", "an adapter, not a network"),
 ]
@@ -84,14 +87,15 @@ def read_weights(source):
         return source
     if str(source).endswith(".safetensors"):
         return read_safetensors(source)
+    if not zipfile.is_zipfile(source):                                                 # what torch.save writes is a zip archive, its table of contents at the end
+        raise ValueError(f"{source} is not a file of tensors saved by torch (.bin, .pt, .pth): " + ("there is none, or it is a folder" if not os.path.isfile(source) else
+                         f"its {os.path.getsize(source):,} bytes are a part of one, or something else; download it again"))
     try:
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
     except Exception as e:
-        kind = "is a TorchScript archive (as OpenAI's CLIP files are): save its state_dict() first" if "TorchScript" in str(e) else \
-            f"is not a file of tensors saved by torch (pytorch_model.bin, .pt): {e}".split("\n")[0]
-        raise ValueError(f"{source} {kind}") from e
+        kind = "is a TorchScript archive (as OpenAI's CLIP files are)" if "TorchScript" in str(e) else \
+            "holds more than tensors, and nothing else is ever loaded" if "Weights only" in str(e) else f"cannot be read ({str(e).splitlines()[0]})"
+        raise ValueError(f"{source} {kind}: save its state_dict() and use that") from e
     for name in ("state_dict", "model", "teacher"):                                    # where training scripts put it
         state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -102,10 +106,10 @@ def read_weights(source):
 def _refuse_others(state, source):
     for part, what in OTHERS:
         if key := next((k for k in state if part in k), None):
-            raise ValueError(f"{_name(source)} is {what}, which this network is not (it holds {key})")
+            raise ValueError(f"{_name(source)} cannot be used: it is {what}, for it holds {key}")
     if gate := next((k for k in state if k.endswith("mlp.fc1.weight") and k.replace("fc1", "fc2") in state
                      and state[k].shape[0] == 2 * state[k.replace("fc1", "fc2")].shape[1]), None):
-        raise ValueError(f"{_name(source)} is a ViT with gated layers (SwiGLU: UNI2-h, Virchow, GigaPath), which this network is not (see {gate})")
+        raise ValueError(f"{_name(source)} cannot be used: it is a ViT with gated layers (SwiGLU: UNI2-h, Virchow, GigaPath), see {gate}")
 
 
 def _rename(state):
@@ -167,7 +171,12 @@ def load_vit(source, size=None, stats=IMAGENET):
     images it shall read where that is not the one it was trained on; `stats`: mean and std of its pixels (0.5 and 0.5 for Google's own ViTs,
     "augreg"). ValueError names the keys when the file is another network."""
     raw = read_weights(source)
+    if any(k.startswith("visual.trunk.cls_token") for k in raw):                       # open_clip around it, as `export` writes
+        _refuse_others({k: v for k, v in raw.items() if not k.startswith("visual.trunk.")}, source)
+        raw = {k.removeprefix("visual.trunk."): v for k, v in raw.items() if k.startswith("visual.trunk.")}
     _refuse_others(raw, source)
+    if clip := next((k for k in raw if "token_embedding" in k), None):
+        raise ValueError(f"{_name(source)} is a CLIP with its text tower ({clip}): load_clip reads it, and train.py with --size quiltnet or plip")
     state = {k: v for k, v in _rename(raw).items() if not k.startswith("head.")}       # a classifier is not needed
     if "stem.weight" not in state or "cls" not in state or "pos" not in state:
         raise ValueError(f"{_name(source)} is not a timm vision transformer with a class token (no patch_embed, cls_token or pos_embed)")

@@ -51,6 +51,7 @@ def test_load_vit_computes_what_timm_does(tmp_path):
     assert vit.size == 32 and torch.allclose(vit(images), reference_vit(state, normal, 2, 1e-6), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of TorchScript
 def test_a_wrong_weights_file_is_one_sentence(tmp_path):
     state = timm_state()
     del state["blocks.1.mlp.fc2.bias"]
@@ -58,9 +59,21 @@ def test_a_wrong_weights_file_is_one_sentence(tmp_path):
         weights.load_vit(state)
     with pytest.raises(ValueError, match="not a timm vision transformer"):
         weights.load_vit({"weight": torch.zeros(2)})
-    (tmp_path / "x.bin").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="x.bin is not a file of tensors"):
+    torch.save(state, tmp_path / "whole.bin")
+    for bad in (b"hello", b"", (tmp_path / "whole.bin").read_bytes()[:-400]):
+        (tmp_path / "x.bin").write_bytes(bad)
+        with pytest.raises(ValueError, match=f"x.bin is not a file of tensors.*its {len(bad):,} bytes are a part of one"):
+            weights.load_vit(tmp_path / "x.bin")
+    torch.save({"a": Path("x")}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin holds more than tensors"):
         weights.load_vit(tmp_path / "x.bin")
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin is a TorchScript archive"):
+        weights.load_vit(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="nowhere.bin is not a file of tensors.*there is none"):
+        weights.load_vit(tmp_path / "nowhere.bin")
+    with pytest.raises(ValueError, match="is a CLIP with its text tower"):
+        weights.load_vit(clip_states()[0])
     with pytest.raises(ValueError, match="neither an open_clip nor"):
         weights.load_clip({"weight": torch.zeros(2)})
 
@@ -161,11 +174,18 @@ def test_sizes_that_do_not_fit_are_one_sentence():
 
 
 @pytest.mark.parametrize("key,words", [("reg_token", "register tokens"), ("visual.attn_pool_contrast.query", "CONCH"), ("visual.layer1.0.conv1.weight", "ResNet"),
-                                       ("visual.trunk.blocks.0.norm1.weight", "timm trunk"), ("mask_token", "DINOv2"), ("attn_pool.latent", "attentional pooling")])
+                                       ("visual.trunk.blocks.0.norm1.weight", "timm trunk"), ("relative_position_bias_table", "BEiT"), ("fc_norm.weight", "averages"), ("mask_token", "DINOv2"), ("attn_pool.latent", "attentional pooling")])
 def test_networks_that_are_something_else_are_refused_by_name(key, words):
     for load in (weights.load_vit, weights.load_clip):
-        with pytest.raises(ValueError, match=f"the state dict is .*{words}.*{key}"):
+        with pytest.raises(ValueError, match=f"the state dict cannot be used: it is .*{words}.*{key}"):
             load(timm_state() | {key: torch.zeros(1)})
+
+
+def test_conch_is_refused_though_its_trunk_would_fit():
+    conch = {f"visual.trunk.{k}": v for k, v in timm_state().items()} | {"visual.attn_pool_contrast.query": torch.zeros(1, 768)}
+    for load in (weights.load_vit, weights.load_clip):
+        with pytest.raises(ValueError, match="it is CONCH"):
+            load(conch)
 
 
 def test_gated_layers_are_refused_by_name():
@@ -273,7 +293,7 @@ def test_golden_export(name, tmp_path):
             assert close(F.normalize(vit.eval()(waves(32))[1, 0] @ vit.proj.T, dim=-1), f"export {name} {to} image")
         else:                                              # LayerScale is folded: a trunk without it, the same features
             assert not any("ls1" in k for k in state)
-            vit = weights.load_vit({k.removeprefix("visual.trunk."): x for k, x in state.items() if k.startswith("visual.trunk.")}).eval()
+            vit = weights.load_vit(state).eval()
             assert close(F.normalize(vit(waves(224))[1, 0] @ state["visual.head.proj.weight"].T, dim=-1), f"export {name} {to} image")
             tower = weights.load_clip({**{k: x for k, x in state.items() if not k.startswith("visual.")}, **{k: x for k, x in clip_states()[0].items() if k.startswith("visual.")}})[1]
         assert close(F.normalize(tower(ids)[1][1], dim=-1), f"export {name} {to} text") and state["logit_scale"] == m.itc_scale
