@@ -454,7 +454,8 @@ def read_picture(path, size):
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has {image.mode} pixels, not 8-bit ones")
             side, (W, H) = min(image.size), image.size
-            square = image.convert("RGB").resize((size, size), Image.BICUBIC, ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2))
+            left, top = (W - side) // 2, (H - side) // 2
+            square = image.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC)
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is a slide, not a patch: cut it with `python data.py tile`") from None
     except (OSError, SyntaxError, ValueError) as e:
@@ -480,7 +481,8 @@ def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
             print(f"error: {e}", file=sys.stderr)
             failed += 1
             continue
-        print(f"{path}\n  {model.caption(image, prefix, tokenizer=tokenizer, top_p=top_p, generator=generator)[0]}")
+        caption = model.caption(image, prefix, tokenizer=tokenizer, top_p=top_p, generator=generator)[0]
+        print(f"{path}\n  {' '.join(caption.split())}")
         if words:
             with torch.no_grad():
                 cosine = (model.encode_image(image).cpu() @ w.T)[0].topk(min(best, len(words)))
@@ -508,7 +510,7 @@ def main():
         print_sizes()
     elif args.command == "caption":
         if not 0 <= args.top_p <= 1:
-            raise ValueError(f"--top-p is a probability, not {args.top_p}")
+            raise ValueError(f"--top-p is a probability between 0 and 1, not {args.top_p}")
         sys.exit(print_captions(args.run, args.images, args.prefix, args.top_p, args.best, args.seed))
     else:
         import weights

@@ -1,12 +1,22 @@
 """pytest tests/test_model.py — our networks against torch's own modules, and the masks."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate
 import model as networks
+import tokenizer
 
 
 def tiny(**kw):
@@ -187,3 +197,83 @@ def test_embeddings_are_unit_vectors_of_images_of_the_right_size():
     assert torch.allclose(m.encode_image(torch.rand(3, 3, 32, 32)).norm(dim=-1), torch.ones(3), atol=1e-5)
     with pytest.raises(ValueError, match="32 x 32"):
         m.encode_image(torch.rand(1, 3, 64, 64))
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as train.py leaves it, untrained."""
+    words = tokenizer.Tokenizer.train(["the image shows sheets of large nuclei and mucin"] * 3, 560)
+    torch.manual_seed(0)
+    model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
+    words.save(tmp_path / "tokenizer.json")
+    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, tmp_path / "ckpt.pt")
+    (tmp_path / "keywords.json").write_text(json.dumps(["mucin", "large nucleus", "sheet"]))
+    return tmp_path
+
+
+def test_pictures_of_any_kind_are_captioned_and_bad_ones_cost_themselves(run, capsys):
+    tall = np.zeros((90, 40, 3), np.uint8)
+    tall[25:65] = 255                                     # the centred square is white, what is cut off black
+    Image.fromarray(tall).save(run / "tall.png")
+    assert networks.read_picture(run / "tall.png", 64).min() == 1
+    Image.fromarray(np.full((300, 300, 4), 200, np.uint8)).save(run / "alpha.png")
+    Image.fromarray(np.full((70, 64), 128, np.uint8)).save(run / "grey.jpg")
+    Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(run / "deep.png")
+    (run / "cut.png").write_bytes((run / "tall.png").read_bytes()[:-30])
+    (run / "note.txt").write_text("no picture")
+    failed = networks.print_captions(run, [run / n for n in ("tall.png", "cut.png", "deep.png", "alpha.png", "note.txt", "gone.png", "grey.jpg")], "the image")
+    out, err = capsys.readouterr()
+    assert failed == 4 and [line.split("/")[-1] for line in out.splitlines()[::3]] == ["tall.png", "alpha.png", "grey.jpg"]
+    assert all(line.startswith("  the image") for line in out.splitlines()[1::3])
+    assert all({w.rsplit(" ", 1)[0].strip() for w in line.split(",")} == {"mucin", "large nucleus", "sheet"} for line in out.splitlines()[2::3])
+    for name in ("cut.png", "deep.png", "note.txt", "gone.png"):
+        assert f"{name} cannot be read as a picture" in err
+
+
+def test_keywords_shown_are_the_closest(run, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(run / "a.png")
+    networks.print_captions(run, [run / "a.png"], best=2)
+    shown = capsys.readouterr().out.splitlines()[2]
+    model, words = evaluate.load_run(run)
+    cosine = (model.encode_image(networks.read_picture(run / "a.png", 64)[None]) @ evaluate.embed_texts(model, words, ["mucin", "large nucleus", "sheet"]).T)[0]
+    first, second = cosine.topk(2).indices.tolist()
+    assert shown == "  " + ", ".join(f"{['mucin', 'large nucleus', 'sheet'][i]} {cosine[i]:.2f}" for i in (first, second))
+
+
+def command(*argv):
+    return subprocess.run([sys.executable, "model.py", *map(str, argv)], cwd=Path(networks.__file__).parent, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path):
+    done = command("export", run, "--to", "open_clip")
+    assert done.returncode == 1 and done.stderr.startswith("error: no other package has this image tower") and done.stderr.count("\n") == 1
+    done = command("caption", tmp_path / "nowhere", "x.png")
+    assert done.returncode == 1 and "holds no ckpt.pt" in done.stderr and "Traceback" not in done.stderr
+    assert "between 0 and 1" in command("caption", run, "x.png", "--top-p", "3").stderr
+
+
+def test_a_checkpoint_of_other_networks_is_one_sentence(run):
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    del state["model"]["lm_bias"]
+    torch.save(state, run / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt holds other networks than this code builds .*lm_bias"):
+        evaluate.load_run(run)
+
+
+def test_sizes_are_those_of_the_papers(capsys, monkeypatch):
+    monkeypatch.setattr(networks, "SIZES", {"synthetic": networks.SIZES["synthetic"]})
+    networks.print_sizes()
+    model = networks.MRPLIP(1500, 48, **networks.SIZES["synthetic"])
+    table = capsys.readouterr().out
+    for part, n in (("vision", sum(p.numel() for p in [*model.vision.parameters(), *model.proj.parameters()])), ("all", sum(p.numel() for p in model.parameters()))):
+        row = next(line for line in table.splitlines() if line.split()[0].rstrip(",") == part)
+        assert f"{n / 1e6:.2f} M" in row and f"{4 * n / 1e6:.1f} MB" in row and f"{16 * n / 1e6:.1f} MB" in row
+    with torch.device("meta"):
+        paper, clip = (networks.MRPLIP(49409, 49407, **dict(zip(("vision", "text", "fusion", "embed", "simsiam"), v))) for v in
+                       [(dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5), networks.CLIP_TEXT, networks.FUSION, 512, (2048, 512)),
+                        (networks.CLIP_B32, networks.CLIP_TEXT, networks.FUSION, 512, (2048, 512))])
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert count(paper.vision) == 303_350_784             # UNI
+    assert count(clip.vision) + count(clip.proj) + count(clip.text) - 512 + 1 == 151_277_313  # CLIP ViT-B/32, without [mask], with its temperature

@@ -1,8 +1,12 @@
 """pytest tests/test_repo.py — what the project promises about itself: imports, the README's table and its test command."""
 import ast
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {"torch", "numpy", "PIL", "tifffile", "imagecodecs", "tqdm", "pytest"}
@@ -35,6 +39,22 @@ def test_the_readme_counts_lines_and_names_files_that_are_there():
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", readme):
         assert (ROOT / picture).stat().st_size < 300_000
     assert "<!-- test command -->\n```\npip install -r requirements.txt && pytest\n```" in readme
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
+def test_the_diffs_of_the_readme_apply(tmp_path):
+    diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for diff in diffs:
+        done = subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert diffs and "class CoBlock" in (tmp_path / "model.py").read_text()
+    sizes = "model.SIZES['synthetic'] | dict(fusion=dict(width=16, depth=4, heads=2, pool=2))"
+    code = f"import torch, model; m = model.MRPLIP(50, 48, **({sizes})); print(m.caption(torch.rand(1, 3, 64, 64), tokenizer=__import__('tokenizer').Tokenizer([]), max_tokens=0), " \
+           "m.fuse_with_keywords(torch.randn(2, 5, 16), torch.randn(2, 3, 128), torch.tensor([[True] * 3, [False] * 3])).sum().backward() or 'learns')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "learns" in done.stdout, done.stderr
 
 
 def test_torch_is_pinned():
