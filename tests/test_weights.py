@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import model as networks
 import tokenizer
+import train
 import weights
 
 
@@ -336,3 +337,24 @@ def test_pixel_statistics_travel_with_the_weights():
     other = mrplip(41, 39, dict(size=32, patch=16, width=64, depth=2, heads=1, layer_scale=1.0))
     other.load_state_dict(m.state_dict())
     assert torch.equal(other.vision.mean, vit.mean)
+
+
+def test_a_run_starts_from_one_clip_file_and_can_give_it_back(tmp_path, monkeypatch):
+    clip = clip_states(V=514)[0]                           # 512 symbols, start, end
+    torch.save(clip, tmp_path / "quiltnet.pt")
+    small = dict(vision=dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **networks.CLIP_STATS),
+                 text=dict(context=9, width=64, depth=2, heads=1), fusion=dict(width=16, depth=1, heads=2, pool=2), embed=24, simsiam=(16, 8))
+    monkeypatch.setitem(networks.SIZES, "quiltnet", small)
+    monkeypatch.setitem(networks.SIZES, "plip", {**small, "text": dict(small["text"], quick=True), "vision": dict(small["vision"], quick=True)})
+    both, words = dict(vision_weights=str(tmp_path / "quiltnet.pt"), clip_weights=str(tmp_path / "quiltnet.pt")), tokenizer.Tokenizer([])
+    models = {size: train.build_model(train.Config(size=size, **both), words).eval() for size in ("quiltnet", "plip")}
+    for size, model in models.items():
+        vit, tower = weights.load_clip(clip, size == "plip")
+        images, ids = torch.rand(2, 3, 32, 32), words.batch(TEXTS, 9)
+        assert torch.allclose(model.encode_image(images), F.normalize(F.linear(vit.eval()(images)[:, 0], vit.proj), dim=-1), atol=1e-6)
+        assert torch.equal(model.encode_text(ids), F.normalize(tower(ids)[1], dim=-1))
+    assert not torch.allclose(models["quiltnet"].encode_text(ids), models["plip"].encode_text(ids), atol=1e-4)
+    weights.export(models["plip"], words, tmp_path / "out", "open_clip")
+    state = weights.read_safetensors(tmp_path / "out" / "open_clip_model.safetensors")
+    assert all(torch.equal(state[k], clip[k]) for k in clip if k != "logit_scale")
+    assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"] is True
