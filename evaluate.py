@@ -61,9 +61,15 @@ def load_run(run, device="cpu"):
     for name in ("ckpt.pt", "tokenizer.json"):
         if not (run / name).exists():
             raise ValueError(f"{run} holds no {name}: it is not a run folder, or nothing was saved yet; train with `torchrun train.py --out {run}`")
-    state = torch.load(run / "ckpt.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(run / "ckpt.pt", map_location="cpu", weights_only=True)
+        size = networks.SIZES[state["config"]["size"]]
+    except KeyError as e:
+        raise ValueError(f"{run}/ckpt.pt is of size {e}, which model.SIZES does not have: write it back there") from e
+    except Exception as e:
+        raise ValueError(f"{run}/ckpt.pt cannot be read ({type(e).__name__}): put ckpt_prev.pt in its place, or train on, which falls back on that by itself") from e
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
-    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[state["config"]["size"]])
+    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:

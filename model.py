@@ -85,7 +85,7 @@ class Attention(nn.Module):
             weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(pick(x, at), weight[:D], bias[:D]).view(N, 1, self.heads, -1).transpose(1, 2)                   # [N, H, 1, D/H]
             k, v = F.linear(x, weight[D:], bias[D:]).view(N, L, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        causal = isinstance(mask, str)
+        causal = isinstance(mask, str) and mask == "causal"
         x = scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)  # [N, H, L or 1, D/H]
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -147,8 +147,8 @@ class ViT(nn.Module):
         if not self.conv:
             self.stem = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
         elif patch == 16:
-            sides, strides = [3, width // 8, width // 4, width // 2, width // 2, width], (2, 2, 2, 1, 2)
-            self.stem = nn.Sequential(*[m for i, o, stride in zip(sides, sides[1:], strides) for m in
+            channels, strides = [3, width // 8, width // 4, width // 2, width // 2, width], (2, 2, 2, 1, 2)
+            self.stem = nn.Sequential(*[m for i, o, stride in zip(channels, channels[1:], strides) for m in
                                         (nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())])
             self.stem.to(memory_format=torch.channels_last)                            # a fifth faster on a CPU
         else:
@@ -194,6 +194,8 @@ class TextTower(nn.Module):
 
     def forward(self, ids):
         """ids [N, T] -> (tokens [N, T, D], pooled [N, d], not normalised)."""
+        if ids.shape[1] > len(self.pos):
+            raise ValueError(f"this text tower reads {len(self.pos)} ids, not {ids.shape[1]}: tokenizer.batch(texts, {len(self.pos)})")
         x = self.embed(ids) + self.pos[: ids.shape[1]]                                 # [N, T, D]
         for block in self.blocks:
             x = block(x, "causal")
@@ -292,9 +294,9 @@ class MRPLIP(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """All weights in one place, CLIP's way [3]: linear layers normal with std = fan-in^-1/2, the two that end a residual
+        """All weights in one place, nearly CLIP's way [3]: linear layers normal with std = fan-in^-1/2, the two that end a residual
         branch smaller by (2 depth)^-1/2, embeddings 0.02, positions and types 0.01. Convolutions and the SimSiam heads
-        keep torch's own, norms start as the identity and biases at zero."""
+        keep torch's own, biases start at zero and norms as the identity, but for the one before the words."""
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear) and not name.startswith("heads."):
                 nn.init.normal_(m.weight, std=m.in_features ** -0.5)
@@ -323,7 +325,7 @@ class MRPLIP(nn.Module):
 
     def visual_tokens(self, tokens):
         """What the fusion reads of an image: vision tokens [N, 1 + P, Dv] -> [N, 1 + pool^2, D] (pool = 0: all patch tokens).
-        Averaging the patch grid to pool x pool makes fusion affordable and a feature cache of a frozen tower small."""
+        Averaging the patch grid to pool x pool (windows overlap where the grid is no multiple) makes fusion affordable and a feature cache of a frozen tower small."""
         N, _, D = tokens.shape
         if self.pool:
             g = self.vision.grid
@@ -371,18 +373,19 @@ class MRPLIP(nn.Module):
 
     @torch.no_grad()
     def caption(self, images, prefix="", *, tokenizer, max_tokens=64, top_p=0.0, generator=None):
-        """Captions through the prefix mask: images [N, 3, S, S] in [0, 1] -> list of N str, each beginning with `prefix`. Model in eval mode.
+        """Captions through the prefix mask: images [N, 3, S, S] in [0, 1] -> list of N str, each beginning with `prefix`, all as
+        the tokenizer spells it (lower case, marks set apart). Model in eval mode.
 
         top_p 0 takes the likeliest token each time; else one is drawn from the fewest that together have probability top_p [9].
         A caption ends at its end id, or after max_tokens or the tower's context. Nothing is cached: T short passes are cheap enough to
         read. ValueError where the prefix leaves no room."""
         ids = torch.tensor([[tokenizer.start, *tokenizer.encode(prefix)]] * len(images), device=images.device).view(len(images), -1)       # [N, T]
-        known, context, end = ids.shape[1], len(self.text.pos), self.text.end
+        known, context, end, full = ids.shape[1], len(self.text.pos), self.text.end, ids.new_full
         if known >= context:
             raise ValueError(f"the prefix has {known - 1} tokens and the text tower reads {context}: shorten it")
-        visual, length = self.visual_tokens(self.vision(images)), lambda n: torch.full((len(images),), n, device=images.device)
+        visual = self.visual_tokens(self.vision(images))                               # [N, V, D]
         while ids.shape[1] < min(context, known + max_tokens) and not (ids == end).any(1).all():
-            fused = self.fuse_with_text(visual, self.text(ids)[0], text_valid(ids, end), length(known), length(ids.shape[1] - 1))      # [N, D]
+            fused = self.fuse_with_text(visual, self.text(ids)[0], text_valid(ids, end), full((len(ids),), known), full((len(ids),), ids.shape[1] - 1))
             logits = self.lm_logits(fused).float()                                     # [N, vocab]
             logits[:, [tokenizer.start, tokenizer.mask]] = -torch.inf                  # never asked of it in training
             word = logits.argmax(-1, keepdim=True)                                     # [N, 1]
@@ -485,8 +488,8 @@ def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
         print(f"{path}\n  {' '.join(caption.split())}")
         if words:
             with torch.no_grad():
-                cosine = (model.encode_image(image).cpu() @ w.T)[0].topk(min(best, len(words)))
-            print("  " + ", ".join(f"{words[i]} {c:.2f}" for c, i in zip(*map(torch.Tensor.tolist, cosine))))
+                cosine, which = (model.encode_image(image).cpu() @ w.T)[0].topk(min(best, len(words)))
+            print("  " + ", ".join(f"{words[i]} {c:.2f}" for c, i in zip(cosine.tolist(), which.tolist())))
     return failed
 
 
@@ -509,9 +512,11 @@ def main():
     if args.command == "sizes":
         print_sizes()
     elif args.command == "caption":
+        if args.best < 0:
+            raise ValueError(f"--best counts keywords, so not {args.best}")
         if not 0 <= args.top_p <= 1:
             raise ValueError(f"--top-p is a probability between 0 and 1, not {args.top_p}")
-        sys.exit(print_captions(args.run, args.images, args.prefix, args.top_p, args.best, args.seed))
+        sys.exit(min(print_captions(args.run, args.images, args.prefix, args.top_p, args.best, args.seed), 100))
     else:
         import weights
         from evaluate import load_run

@@ -90,8 +90,8 @@ class Config:
     size: str = "synthetic"        # a key of model.SIZES
     vocab: int = 1500              # ids of the tokenizer trained on the captions (without --tokenizer)
     tokenizer: str = ""            # CLIP's merge list, needed with --clip_weights
-    vision_weights: str = ""       # timm or UNI weights for the vision tower
-    clip_weights: str = ""         # open_clip or Hugging Face CLIP weights for the text tower
+    vision_weights: str = ""       # timm or UNI weights for the vision tower; with --size quiltnet or plip a CLIP's
+    clip_weights: str = ""         # open_clip, OpenAI or Hugging Face CLIP weights for the text tower
     freeze_vision: bool = False    # keep the vision tower fixed, its weights in bfloat16 on a GPU
     # running
     device: str = "auto"           # cuda when there is one, else cpu
@@ -144,6 +144,8 @@ def check(cfg):
         raise ValueError(f'--negatives is "bag" or "batch", not {cfg.negatives!r}')
     if cfg.clip_weights and not cfg.tokenizer:
         raise ValueError("--clip_weights needs --tokenizer bpe_simple_vocab_16e6.txt.gz: the weights know only CLIP's own ids")
+    if cfg.freeze_vision and not cfg.vision_weights and networks.SIZES[cfg.size]["vision"].get("stem") != "conv":
+        raise ValueError("--freeze_vision (the paper preset sets it) would keep random weights: it needs --vision_weights, or pass --freeze_vision false")
     if not 0 <= cfg.scale_jitter < 1:
         raise ValueError(f"--scale_jitter is a share of the side of a bag, at least 0 and less than 1, not {cfg.scale_jitter}")
     if min(cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every, cfg.save_every) < 1:
@@ -343,12 +345,12 @@ def build_model(cfg, tokenizer):
     """MRPLIP of the configured size, with public weights in its towers where paths are given."""
     torch.manual_seed(cfg.seed)
     size = networks.SIZES[cfg.size]
-    model, clip, quick = networks.MRPLIP(tokenizer.size, tokenizer.end, **size), "pre_norm" in size["vision"], size["text"].get("quick", False)
+    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
     if cfg.vision_weights:
-        load = (lambda *a: weights.load_clip(a[0], quick, a[1])[0]) if clip else weights.load_vit
-        weights.adopt_vision(model, load(cfg.vision_weights, size["vision"]["size"]))
+        side, clip = size["vision"]["size"], size["vision"].get("pre_norm", False)
+        weights.adopt_vision(model, weights.load_clip(cfg.vision_weights, size=side)[0] if clip else weights.load_vit(cfg.vision_weights, side))
     if cfg.clip_weights:
-        weights.adopt_text(model, weights.load_clip(cfg.clip_weights, quick)[1])
+        weights.adopt_text(model, weights.load_clip(cfg.clip_weights)[1])
     return model
 
 
@@ -452,7 +454,7 @@ def main(argv):
     if distributed:
         dist.barrier()
     bags = data.BagDataset(folder / "train")
-    if rank == 0 and not (run / "tokenizer.json").exists():
+    if rank == 0 and not ((run / "tokenizer.json").exists() and list(run.glob("ckpt*.pt"))):  # one left by a run that saved nothing may be of other settings
         if cfg.tokenizer:
             tokenizer = text.Tokenizer.from_clip(cfg.tokenizer)
         else:  # 5,000 bags of captions are plenty to learn merges from
@@ -472,7 +474,8 @@ def main(argv):
     if cfg.freeze_vision:
         model.vision.requires_grad_(False).eval()  # its batch norms, where it has any, keep their averages
         if device == "cuda":
-            model.vision.to(torch.bfloat16)  # casting the weights at every call would cost half as much again
+            for p in model.vision.parameters():  # casting the weights at every call would cost half as much again; buffers keep their digits
+                p.data = p.data.to(torch.bfloat16)
     if not (cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva):  # parts no loss reaches must not wait for gradients
         for m in (model.fuse_image, model.fuse_text, model.fuse_keyword, model.fusion, model.fusion_ln):
             m.requires_grad_(False)
@@ -500,7 +503,7 @@ def main(argv):
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     batches = Batches(bags, tokenizer, cfg, context, rank, world)
-    if rank == 0 and not (run / "keywords.json").exists():
+    if rank == 0:
         data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
                              pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None))

@@ -1,7 +1,7 @@
 """Public weights into these networks and out again: UNI and other timm ViTs, CLIP in the dialects of open_clip, OpenAI and Hugging Face.
 
 Three spellings of the same two networks. One table renames their keys to ours, sizes are read off the shapes, and loading is strict
-both ways, so that a wrong file cannot half-load; networks that are something else are refused by name. Nothing is ever unpickled.
+both ways, so that a wrong file cannot half-load; networks that are something else are refused by name. Pickled code is never run.
 
 Read in this order: read_weights -> load_vit -> load_clip -> adopt_vision, adopt_text; then export, which goes the other way.
 
@@ -42,7 +42,7 @@ OTHERS = [
     ("fc_norm.", "a ViT that averages its patch tokens instead of reading a class token"),
     ("attn_pool_contrast", "CONCH, a CoCa with attentional poolers"),
     ("attn_pool.", "a ViT with attentional pooling (SigLIP, CoCa)"),
-    ("visual.trunk.", "an open_clip model around a timm trunk (load_vit reads that trunk alone)"),
+    ("visual.trunk.", "an open_clip model around a network that is no plain ViT"),
     ("visual.layer1.", "a CLIP with a ResNet image tower"),
     ("beit3", "MUSK, a BEiT-3"),
     ("norm_pre.", "CLIP's image tower as timm has it (load_clip reads open_clip's file of it)"),
@@ -89,7 +89,7 @@ def read_weights(source):
         return read_safetensors(source)
     if not zipfile.is_zipfile(source):                                                 # what torch.save writes is a zip archive, its table of contents at the end
         raise ValueError(f"{source} is not a file of tensors saved by torch (.bin, .pt, .pth): " + ("there is none, or it is a folder" if not os.path.isfile(source) else
-                         f"its {os.path.getsize(source):,} bytes are a part of one, or something else; download it again"))
+                         f"its {os.path.getsize(source):,} bytes are a part of one, or something else, or torch before 1.6 wrote it; download it again"))
     try:
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
@@ -100,7 +100,7 @@ def read_weights(source):
         state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{source} does not hold a plain state dict of tensors")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
 
 
 def _refuse_others(state, source):
@@ -167,7 +167,7 @@ def _side(state, size, source):
 
 
 def load_vit(source, size=None, stats=IMAGENET):
-    """timm's plain ViT, so UNI's `pytorch_model.bin` [1] too: path or state dict -> ViT. Sizes come from the shapes alone; `size`: side of the
+    """timm's plain ViT, so UNI's `pytorch_model.bin` [1] too, alone or as the trunk of an open_clip file: path or state dict -> ViT. Sizes come from the shapes alone; `size`: side of the
     images it shall read where that is not the one it was trained on; `stats`: mean and std of its pixels (0.5 and 0.5 for Google's own ViTs,
     "augreg"). ValueError names the keys when the file is another network."""
     raw = read_weights(source)
@@ -188,10 +188,11 @@ def load_vit(source, size=None, stats=IMAGENET):
 
 def load_clip(source, quick_gelu=False, size=None):
     """open_clip's (plain or `text.`-prefixed), OpenAI's or Hugging Face's CLIP [2]: path or state dict -> (ViT, TextTower); the image
-    projection is `vit.proj` [d, D]. No file says which GELU it was trained with: QuiltNet's hub configuration means quick_gelu=False [3],
-    OpenAI's and PLIP's True."""
+    projection is `vit.proj` [d, D]; the temperature stays in the file. No file says which GELU it was trained with: QuiltNet's hub configuration
+    means quick_gelu=False [3], OpenAI's and PLIP's True. Of an open_clip file around a timm ViT, as `export` writes it, the ViT is load_vit's."""
     state = dict(read_weights(source))
-    _refuse_others(state, source)
+    trunk = {k: state[k] for k in state if k.startswith(("visual.trunk.", "visual.head."))} if "visual.trunk.cls_token" in state else {}
+    _refuse_others({k: v for k, v in state.items() if k not in trunk}, source)
     hf = any(k.startswith("vision_model.") for k in state)
     drop = ("logit_scale", "logit_bias", "attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
     state = {k: v for k, v in state.items() if not k.endswith(drop)}
@@ -203,20 +204,23 @@ def load_clip(source, quick_gelu=False, size=None):
         if hf:
             proj, text_proj = state["visual_projection.weight"], state["text_projection.weight"]
         else:
-            proj = vision.pop("proj").T
+            proj = trunk["visual.head.proj.weight"] if trunk else vision.pop("proj").T
             text_proj = state.get("text_projection", state.get("text.text_projection")).T
-        width = len(vision["stem.weight"])
-        vision["cls"], vision["pos"] = vision["cls"].view(1, 1, width), vision["pos"].view(1, -1, width)
+        if not trunk:
+            vision["cls"], vision["pos"] = vision["cls"].view(1, 1, -1), vision["pos"].view(1, *vision["pos"].shape[-2:])
         vocab, text_width = text["embed.weight"].shape
         context = len(text["pos"])
     except (KeyError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{_name(source)} is neither an open_clip nor a Hugging Face CLIP state dict (missing {e})") from e
     text["proj.weight"] = text_proj
-    patch, side = _side(vision, size, source)
-    vit = ViT(side, patch, width, _depth(vision), _heads(width), pre_norm=True, patch_bias=False, eps=1e-5, quick=quick_gelu, **CLIP_STATS)
+    if trunk:
+        vit = load_vit(trunk, size)
+    else:
+        patch, side = _side(vision, size, source)
+        width = len(vision["stem.weight"])
+        vit = _load(ViT(side, patch, width, _depth(vision), _heads(width), pre_norm=True, patch_bias=False, eps=1e-5, quick=quick_gelu, **CLIP_STATS), vision, source)
+    vit.proj = nn.Parameter(proj.float().clone())
     tower = TextTower(vocab, vocab - 1, context, text_width, _depth(text), text_width // 64, len(text_proj), quick=quick_gelu)
-    vit = _load(vit, vision, source)
-    vit.proj = nn.Parameter(proj.clone())
     return vit, _load(tower, text, source)
 
 
@@ -225,28 +229,30 @@ def _name(source):
 
 
 def adopt_vision(model, vit):
-    """Put a loaded vision tower into an MRPLIP made for its sizes, CLIP's projection with it. ValueError names what differs."""
-    proj = vars(vit)["_parameters"].pop("proj", None)
-    own, new = ({k: tuple(v.shape) for k, v in tower.state_dict().items()} for tower in (model.vision, vit))
-    if own != new or (proj is not None and proj.shape != model.proj.weight.shape):
-        key = next((k for k in [*own, *new] if own.get(k) != new.get(k)), "proj")
-        raise ValueError(f"the vision weights are another network than --size asks for ({key} is {new.get(key, 'not there')} in the file, "
-                         f"{own.get(key, 'not there')} in the model): choose the --size they belong to, or write one into model.SIZES")
-    model.vision = vit
-    if proj is not None:
-        model.proj.weight.data.copy_(proj)
+    """Copy a loaded vision tower into an MRPLIP, CLIP's projection with it. What shapes do not tell (heads, GELU, epsilon, pixel statistics)
+    stays as the MRPLIP was built. ValueError names what differs."""
+    state = {k: v for k, v in vit.state_dict().items() if k not in ("mean", "std", "proj")}
+    own = model.vision.state_dict()
+    state |= {k: torch.ones_like(v) for k, v in own.items() if k.endswith((".ls1", ".ls2")) and k not in state}       # LayerScale was folded, or never there
+    _adopt(model.vision, state | {k: own[k] for k in ("mean", "std")}, "vision")
+    if hasattr(vit, "proj"):
+        _adopt(model.proj, {"weight": vit.proj.detach()}, "projection")
 
 
 def adopt_text(model, tower):
-    """Put CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own
-    function untouched."""
-    weight = tower.embed.weight
-    grown = torch.cat([weight, weight.mean(0, keepdim=True)])                          # [V + 1, D]
-    if grown.shape != model.text.embed.weight.shape or tower.proj.weight.shape != model.text.proj.weight.shape:
-        raise ValueError(f"the text weights have {len(weight)} ids of width {weight.shape[1]} and this model "
-                         f"{len(model.text.embed.weight) - 1} of {model.text.width}: use the tokenizer and --size they were made for")
-    tower.embed = nn.Embedding.from_pretrained(grown.detach().clone(), freeze=False)
-    model.text = tower
+    """Copy CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own function untouched."""
+    state = dict(tower.state_dict())
+    state["embed.weight"] = torch.cat([state["embed.weight"], state["embed.weight"].mean(0, keepdim=True)])           # [V + 1, D]
+    _adopt(model.text, state, "text")
+
+
+def _adopt(module, state, what):
+    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    new = {k: tuple(v.shape) for k, v in state.items()}
+    if key := next((k for k in sorted(own | new) if own.get(k) != new.get(k)), None):
+        raise ValueError(f"the {what} weights belong to another network than --size and --tokenizer ask for: {key} is {new.get(key, 'not there')} in the file and "
+                         f"{own.get(key, 'not there')} in the model; choose the ones they belong to, or write a size of your own into model.SIZES")
+    module.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- and out again
@@ -299,7 +305,7 @@ def _to_open_clip(model, clip):
         image = dict(image_size=vision.size, timm_model_name=name, timm_model_pretrained=False, timm_pool="token", timm_proj="linear")
     words = dict(context_length=len(text.pos), vocab_size=text.end + 1, width=text.width, heads=text.blocks[0].attn.heads, layers=len(text.blocks))
     if text.end + 1 != 49408:                                                          # its built-in tokenizer knows CLIP's merges only
-        words["hf_tokenizer_name"] = "in this folder"
+        words["hf_tokenizer_name"] = "in this folder"                                  # any text here makes open_clip read the folder's own
     return "open_clip_model.safetensors", state, {"open_clip_config.json": {
         "model_cfg": {"embed_dim": len(model.proj.weight), "quick_gelu": text.blocks[0].mlp.quick, "vision_cfg": image, "text_cfg": words},
         "preprocess_cfg": {"mean": vision.mean.flatten().tolist(), "std": vision.std.flatten().tolist(), "interpolation": "bicubic"}}}

@@ -41,9 +41,10 @@ def world(tmp_path_factory):
 def test_flags_parse_by_type_and_mistakes_are_named():
     cfg = train.parse(["--lr", "1", "--compile", "false", "--steps=7", "--out", "a=b"])
     assert (cfg.lr, cfg.compile, cfg.steps, cfg.out) == (1.0, False, 7, "a=b")
-    assert train.parse(["--preset", "paper", "--k_o", "3"]).k_o == 3 and train.parse(["--preset", "paper"]).size == "paper"
+    paper = train.parse(["--preset", "paper", "--k_o", "3", "--vision_weights", "uni.bin"])
+    assert paper.k_o == 3 and paper.size == "paper"
     for argv, message in ((["--stesp", "3"], "did you mean --steps"), (["--preset", "x"], "unknown preset"), (["--children", "3"], "1, 2 or 4"),
-                          (["--clip_weights", "x"], "needs --tokenizer"), (["--bags", "0"], "at least 1")):
+                          (["--clip_weights", "x"], "needs --tokenizer"), (["--preset", "paper"], "would keep random weights"), (["--bags", "0"], "at least 1")):
         with pytest.raises(ValueError, match=message):
             train.parse(argv)
 
