@@ -355,11 +355,12 @@ def build_model(cfg, tokenizer):
 
 
 def learn_words(model, bags, tokenizer, cfg, context):
-    """Contrast of captions with captions: two of one slide and magnification attract, those of other slides repel.
+    """Before any image: captions against captions (two of one slide and magnification attract, those of other slides repel), and
+    of a third of them the next word, through fusion without an image.
 
     The paper starts from a text tower that has read a million captions. From nothing, text and images learn together badly:
-    kinds the images cannot tell apart yet become one in the text too, and then no gradient is left to part them (dev/LOG.md).
-    Every process does the same: no gradients are exchanged."""
+    kinds the images cannot tell apart yet become one in the text too, and then no gradient is left to part them; and the
+    captions stammer (dev/LOG.md). Every process does the same: no gradients are exchanged."""
     of_slide = {}
     for i, slide in enumerate(bags.slides):
         of_slide.setdefault(slide, []).append(i)
@@ -367,7 +368,9 @@ def learn_words(model, bags, tokenizer, cfg, context):
     if len(slides) < 2:
         return
     schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
-    optimizer = torch.optim.AdamW(model.text.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    speaking = [model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln] if cfg.plm else []
+    parameters = [p for part in (model.text, *speaking) for p in part.parameters()] + [model.lm_bias] * bool(cfg.plm)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if losses.rank_offset(1) == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each
         for slide in rng.permutation(len(slides))[:32]:
@@ -376,15 +379,22 @@ def learn_words(model, bags, tokenizer, cfg, context):
                     there = [n for n in nodes if bags.valid[i][n]] or [0]
                     side.append(bags.captions(i, [rng.choice(there)])[0] or "")
         ids = text.trim(tokenizer.batch(pair[0] + pair[1], context), tokenizer.end).to(model.proj.weight.device)
-        a, b = F.normalize(model.text(ids)[1].float(), dim=-1).chunk(2)                # [M, d] each
+        tokens, pooled = model.text(ids)                                               # [2M, T, Dt], [2M, d]
+        a, b = F.normalize(pooled.float(), dim=-1).chunk(2)                            # [M, d] each
         logits, own = a @ b.T / 0.07, torch.arange(len(a), device=a.device)            # [M, M]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        if cfg.plm:
+            some, word = tokens[::3], ids[::3]  # 3 and not 4, or all were of one magnification
+            real, prefix = networks.text_valid(word, model.text.end), torch.ones_like(word[:, 0])
+            fused = model.fuse_with_text(some.new_zeros(len(some), 0, model.kind.shape[1]), some, real, prefix)
+            loss = loss + losses.plm(model.lm_logits(fused), word, prefix, real, real[:, 0])
         optimizer.zero_grad()
-        ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).backward()
-        nn.utils.clip_grad_norm_(model.text.parameters(), cfg.clip)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimizer.step()
-    optimizer.zero_grad()
+    model.zero_grad()  # of all, for the next words reach more than they train
 
 
 def save_checkpoint(folder, model, optimizer, step, cfg):
