@@ -119,7 +119,9 @@ def _rename(state):
             key = key.replace(theirs, ours)
         out[key] = value
     for key in [k for k in out if ".attn.q_proj." in k]:                               # Hugging Face keeps q, k, v apart
-        out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(key.replace("q_proj", f"{c}_proj")) for c in "qkv"])
+        parts = [key.replace("q_proj", f"{c}_proj") for c in "qkv"]
+        if all(p in out for p in parts):
+            out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(p) for p in parts])
     return out
 
 
@@ -191,14 +193,14 @@ def load_clip(source, quick_gelu=False, size=None):
     projection is `vit.proj` [d, D]; the temperature stays in the file. No file says which GELU it was trained with: QuiltNet's hub configuration
     means quick_gelu=False [3], OpenAI's and PLIP's True. Of an open_clip file around a timm ViT, as `export` writes it, the ViT is load_vit's."""
     state = dict(read_weights(source))
-    trunk = {k: state[k] for k in state if k.startswith(("visual.trunk.", "visual.head."))} if "visual.trunk.cls_token" in state else {}
+    trunk = {k: state[k] for k in state if k.startswith(("visual.trunk.", "visual.head."))} if {"visual.trunk.cls_token", "visual.head.proj.weight"} <= state.keys() else {}
     _refuse_others({k: v for k, v in state.items() if k not in trunk}, source)
     hf = any(k.startswith("vision_model.") for k in state)
     drop = ("logit_scale", "logit_bias", "attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
     state = {k: v for k, v in state.items() if not k.endswith(drop)}
     sides = ("vision_model.", "text_model.") if hf else ("visual.", "text.")
     own = ("visual_projection.weight", "text_projection.weight", "text_projection", "text.text_projection")
-    vision = _rename({k.removeprefix(sides[0]): v for k, v in state.items() if k.startswith(sides[0])})
+    vision = _rename({k.removeprefix(sides[0]): v for k, v in state.items() if k.startswith(sides[0]) and k not in trunk})
     text = _rename({k.removeprefix(sides[1]): v for k, v in state.items() if not k.startswith(sides[0]) and k not in own})
     try:
         if hf:
