@@ -195,6 +195,8 @@ def load_clip(source, quick_gelu=False, size=None):
     state = dict(read_weights(source))
     trunk = {k: state[k] for k in state if k.startswith(("visual.trunk.", "visual.head."))} if {"visual.trunk.cls_token", "visual.head.proj.weight"} <= state.keys() else {}
     _refuse_others({k: v for k, v in state.items() if k not in trunk}, source)
+    if "patch_embed.proj.weight" in state:
+        raise ValueError(f"{_name(source)} is a timm ViT without a text tower (patch_embed.proj.weight): load_vit reads it, and train.py with --size paper")
     hf = any(k.startswith("vision_model.") for k in state)
     drop = ("logit_scale", "logit_bias", "attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
     state = {k: v for k, v in state.items() if not k.endswith(drop)}

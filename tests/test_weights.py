@@ -73,6 +73,8 @@ def test_a_wrong_weights_file_is_one_sentence(tmp_path):
         weights.load_vit(tmp_path / "x.bin")
     with pytest.raises(ValueError, match="nowhere.bin is not a file of tensors.*there is none"):
         weights.load_vit(tmp_path / "nowhere.bin")
+    with pytest.raises(ValueError, match="is a timm ViT without a text tower"):
+        weights.load_clip(timm_state())
     with pytest.raises(ValueError, match="is a CLIP with its text tower"):
         weights.load_vit(clip_states()[0])
     with pytest.raises(ValueError, match="neither an open_clip nor"):
