@@ -269,8 +269,9 @@ class Objective(nn.Module):
         v = model.project(tokens)                                                      # [BN, d]
         captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
         t = F.normalize(pooled.float(), dim=-1)
-        words = model.encode_text(batch["keywords"])                                   # [U, d]
-        w = words[batch["bag_of"]]                                                     # [B, K, d]
+        if cfg.cvta or cfg.mrtva:
+            words = model.encode_text(batch["keywords"])                               # [U, d]
+            w = words[batch["bag_of"]]                                                 # [B, K, d]
         tau_itc, tau_cvta = (-model.itc_scale).exp(), (-model.cvta_scale).exp()
 
         if cfg.itc:
@@ -295,6 +296,10 @@ class Objective(nn.Module):
             prefix = losses.split_prefix(real)
             out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), word, prefix, real, ok)
 
+        monitors = {"tau": tau_itc.detach()}
+        if not (cfg.cvta or cfg.mrtva):
+            return out, monitors
+
         # The paper's own: one selection of keywords serves CVTA and E_mm.
         v = v.view(B, N, -1)
         index, chosen = losses.select_keywords(v, w, cfg.k_o, batch["w_valid"], batch["own"] | ~batch["warm"])    # [B, N, k_o]
@@ -304,7 +309,6 @@ class Objective(nn.Module):
             else:  # one bag of B N patches and all U keywords: the same positives, more negatives, no keyword twice
                 at = batch["bag_of"].gather(1, index.flatten(1)).view(1, B * N, -1)                      # [1, BN, k_o] into U
                 out["cvta"] = losses.cvta(v.flatten(0, 1)[None], words[None], cfg.k_o, tau_cvta, weight.view(1, -1), batch["real"][None], (at, chosen.view(1, B * N, -1)))
-        monitors = {"tau": tau_itc.detach()}
         if cfg.mrtva:
             picked = w.gather(1, index.flatten(1)[..., None].expand(-1, -1, w.shape[-1]))                # [B, N k_o, d]
             z = model.fuse_with_keywords(visual, picked.view(B * N, cfg.k_o, -1), chosen.flatten(0, 1))  # [BN, D]
