@@ -142,11 +142,10 @@ def test_a_frozen_tower_enters_neither_optimiser_nor_buckets(world, tmp_path):
         assert sum(map(int, str(buckets).split(","))) == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     finally:
         torch.distributed.destroy_process_group()
-    common = ["--data", world, "--freeze_vision", "true", *SMALL]
-    run(*common, "--out", tmp_path / "a", "--steps", 1)
-    run(*common, "--out", tmp_path / "b", "--steps", 3)
-    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in "ab")
-    assert all(torch.equal(a[k], b[k]) == k.startswith(("vision.", "heads.norms.2")) or k in ("itc_scale", "cvta_scale") for k in a), [k for k in a if torch.equal(a[k], b[k])]
+    run("--data", world, "--freeze_vision", "true", *SMALL, "--out", tmp_path / "run", "--steps", 2)
+    after = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["model"]
+    before = train.build_model(cfg, train.text.Tokenizer.load(tmp_path / "run" / "tokenizer.json")).state_dict()
+    assert {k for k in after if torch.equal(after[k], before[k])} == {k for k in after if k.startswith("vision.")}    # batch norm's averages too
 
 
 def test_words_first_learn_which_words_mean_the_same():
