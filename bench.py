@@ -184,6 +184,13 @@ def bench_model(device):
     x, ids = torch.rand(batch, 3, 224, 224, device=device), torch.randint(0, 49000, (batch, 77), device=device)
     ids[:, -1] = 49407
     a, flops = torch.rand(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32), m.flops()
+
+    def once(run, backward):
+        with torch.autocast(device, torch.bfloat16, enabled=gpu), contextlib.nullcontext() if backward else torch.no_grad():
+            y = run()
+        if backward:
+            y.float().square().mean().backward()
+
     for name, part, ours, peer in (("ViT-B/16", "vision", lambda: m.vision(x), timm and timm.create_model("vit_base_patch16_224", num_classes=0).to(device)),
                                    ("text tower", "text", lambda: m.text(ids)[1], open_clip and open_clip.create_model("ViT-B-16").to(device))):
         theirs = peer and ((lambda: peer(x)) if part == "vision" else (lambda: peer.encode_text(ids)))
@@ -192,13 +199,7 @@ def bench_model(device):
             for who, forward in (("ours", ours), ("peer", theirs)):
                 if forward:
                     run = torch.compile(forward) if compiled else forward
-
-                    def once(backward, run=run):
-                        with torch.autocast(device, torch.bfloat16, enabled=gpu), contextlib.nullcontext() if backward else torch.no_grad():
-                            y = run()
-                        if backward:
-                            y.float().square().mean().backward()
-                    cases |= {f"{who} forward": functools.partial(once, False), f"{who} forward + backward": functools.partial(once, True)}
+                    cases |= {f"{who} forward": functools.partial(once, run, False), f"{who} forward + backward": functools.partial(once, run, True)}
             s = interleaved(cases, 10 if gpu else 7)
             print(f"\n{name}, {batch} a batch, {'bf16' if gpu else 'fp32'}{', compiled' if compiled else ''}: {flops[part] / 1e9:.1f} GFLOP forward of one")
             for mode, times in (("forward", 1), ("forward + backward", 3)):

@@ -63,15 +63,15 @@ def load_run(run, device="cpu"):
             raise ValueError(f"{run} holds no {name}: it is not a run folder, or nothing was saved yet; train with `torchrun train.py --out {run}`")
     try:
         state = torch.load(run / "ckpt.pt", map_location="cpu", weights_only=True)
-        size = networks.SIZES[state["config"]["size"]]
-    except KeyError as e:
-        raise ValueError(f"{run}/ckpt.pt is of size {e}, which model.SIZES does not have: write it back there") from e
+        weights, size = state["model"], state["config"]["size"]
     except Exception as e:
         raise ValueError(f"{run}/ckpt.pt cannot be read ({type(e).__name__}): put ckpt_prev.pt in its place, or train on, which falls back on that by itself") from e
+    if size not in networks.SIZES:
+        raise ValueError(f"{run}/ckpt.pt is of size {size!r}, which model.SIZES does not have: write it back there")
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
-    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
+    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[size])
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"{run}/ckpt.pt holds other networks than this code builds ({str(e).splitlines()[1].strip()}): use the commit that trained it (first line of {run}/log.jsonl)") from e
     return model.to(device).eval(), tokenizer

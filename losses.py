@@ -120,7 +120,7 @@ def corrupt(ids, real, mask_id, special, vocab, rate=0.15, generator=None):
     `rate` of the real tokens are chosen, special ids (a tuple) never; of those 80% become mask_id, 10% a random id, 10%
     stay."""
     u = torch.empty(3, *ids.shape, device=ids.device).uniform_(generator=generator)    # [3, M, T]
-    random_ids = (u[2] * min(special)).long()
+    random_ids = (u[2] * min(special)).long().clamp(max=min(special) - 1)              # the product may round up
     ordinary = real.clone()
     for s in special:
         ordinary = ordinary & (ids != s)

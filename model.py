@@ -226,12 +226,11 @@ class BatchNorm(nn.Module):
         """x [M, D], valid bool [M] -> [M, D] (rows that are not valid are normalised too, but do not count)."""
         x = x.float()
         w = valid.float().unsqueeze(1)                                                 # [M, 1]
-        all_sum = AllSum.apply if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else lambda s: s
         total = torch.cat([(x * w).sum(0), w.sum().view(1)])                           # [D + 1] sum, count
-        total = all_sum(total)
+        total = _all_sum(total)
         count = total[-1].clamp(min=1)
         mean = total[:-1] / count
-        var = all_sum(((x - mean) ** 2 * w).sum(0)) / count                           # two passes: no cancellation
+        var = _all_sum(((x - mean) ** 2 * w).sum(0)) / count                           # two passes: no cancellation
         x = (x - mean) * torch.rsqrt(var + self.eps)
         return x if self.weight is None else x * self.weight + self.bias
 
@@ -247,6 +246,11 @@ class AllSum(torch.autograd.Function):
         return x
 
     backward = forward
+
+
+def _all_sum(x):
+    """Sum over processes with its gradient; x itself where there is one process."""
+    return AllSum.apply(x) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
 class Heads(nn.Module):

@@ -372,8 +372,9 @@ def learn_words(model, bags, tokenizer, cfg, context):
     if len(slides) < 2:
         return
     schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
-    speaking = [model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln] if cfg.plm else []
-    parameters = [p for part in (model.text, *speaking) for p in part.parameters()] + [model.lm_bias] * bool(cfg.plm)
+    parameters = list(model.text.parameters())
+    if cfg.plm:
+        parameters += [p for part in (model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln) for p in part.parameters()] + [model.lm_bias]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if losses.rank_offset(1) == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import replace_file
 from model import CLIP_STATS, IMAGENET, TextTower, ViT
 
 RENAME = [  # (theirs, ours), applied in order to each key
@@ -205,26 +206,23 @@ def load_clip(source, quick_gelu=False, size=None):
     vision = _rename({k.removeprefix(sides[0]): v for k, v in state.items() if k.startswith(sides[0]) and k not in trunk})
     text = _rename({k.removeprefix(sides[1]): v for k, v in state.items() if not k.startswith(sides[0]) and k not in own})
     try:
-        if hf:
-            proj, text_proj = state["visual_projection.weight"], state["text_projection.weight"]
+        text["proj.weight"] = state["text_projection.weight"] if hf else state.get("text_projection", state.get("text.text_projection")).T
+        if trunk:
+            proj = trunk["visual.head.proj.weight"]
         else:
-            proj = trunk["visual.head.proj.weight"] if trunk else vision.pop("proj").T
-            text_proj = state.get("text_projection", state.get("text.text_projection")).T
-        if not trunk:
-            vision["cls"], vision["pos"] = vision["cls"].view(1, 1, -1), vision["pos"].view(1, *vision["pos"].shape[-2:])
+            proj, width = state["visual_projection.weight"] if hf else vision.pop("proj").T, len(vision["stem.weight"])
+            vision["cls"], vision["pos"] = vision["cls"].view(1, 1, width), vision["pos"].view(1, -1, width)
         vocab, text_width = text["embed.weight"].shape
         context = len(text["pos"])
     except (KeyError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{_name(source)} is neither an open_clip nor a Hugging Face CLIP state dict (missing {e})") from e
-    text["proj.weight"] = text_proj
     if trunk:
         vit = load_vit(trunk, size)
     else:
         patch, side = _side(vision, size, source)
-        width = len(vision["stem.weight"])
         vit = _load(ViT(side, patch, width, _depth(vision), _heads(width), pre_norm=True, patch_bias=False, eps=1e-5, quick=quick_gelu, **CLIP_STATS), vision, source)
     vit.proj = nn.Parameter(proj.float().clone())
-    tower = TextTower(vocab, vocab - 1, context, text_width, _depth(text), text_width // 64, len(text_proj), quick=quick_gelu)
+    tower = TextTower(vocab, vocab - 1, context, text_width, _depth(text), text_width // 64, len(text["proj.weight"]), quick=quick_gelu)
     return vit, _load(tower, text, source)
 
 
@@ -274,10 +272,14 @@ TIMM = {(16, 192, 12): "vit_tiny_patch16", (16, 384, 12): "vit_small_patch16", (
         (32, 768, 12): "vit_base_patch32", (14, 1024, 24): "vit_large_patch14", (16, 1024, 24): "vit_large_patch16", (14, 1280, 32): "vit_huge_patch14"}
 
 
+def _plain(tensor):
+    return tensor.detach().float().cpu()
+
+
 def _spell(tower, dialect, last, prefix=""):
     """A tower's weights by another dialect's names, `last` being that of the last norm; projection and pixel statistics are left out.
     LayerScale is folded into the layer before it: ls * (W x + b) = (ls W) x + ls b."""
-    state = {k: v.detach().float().cpu() for k, v in tower.state_dict().items() if k not in ("mean", "std", "proj.weight")}
+    state = {k: _plain(v) for k, v in tower.state_dict().items() if k not in ("mean", "std", "proj.weight")}
     for key in [k for k in state if k.endswith((".ls1", ".ls2"))]:
         layer, gain = key.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2"), state.pop(key)
         state[f"{layer}.weight"] = gain[:, None] * state[f"{layer}.weight"]
@@ -334,10 +336,6 @@ def _to_huggingface(model, clip):
                             vision_config=tower(vision, "clip_vision_model", image_size=vision.size, patch_size=vision.patch))}
 
 
-def _plain(tensor):
-    return tensor.detach().float().cpu().contiguous()
-
-
 def export(model, tokenizer, folder, to):
     """The two towers of an MRPLIP as a folder of weights, configuration and tokenizer -> its path. `to`: "open_clip", for
     `open_clip.create_model_and_transforms("local-dir:FOLDER")`, or "huggingface", for `transformers.CLIPModel.from_pretrained("FOLDER")`.
@@ -356,8 +354,7 @@ def export(model, tokenizer, folder, to):
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / name, state | {"logit_scale": _plain(model.itc_scale)})
     for file, text in (texts | {file: json.dumps(content, indent=1) for file, content in files.items()}).items():  # what names the network comes last
-        (folder / f"{file}.tmp").write_text(text, encoding="utf-8")
-        os.replace(folder / f"{file}.tmp", folder / file)
+        replace_file(folder / file, text)
     return folder
 
 

@@ -256,6 +256,12 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path):
 
 def test_a_checkpoint_of_other_networks_is_one_sentence(run):
     state = torch.load(run / "ckpt.pt", weights_only=True)
+    torch.save({**state, "config": {"size": "gone"}}, run / "ckpt.pt")
+    with pytest.raises(ValueError, match="is of size 'gone', which model.SIZES does not have"):
+        evaluate.load_run(run)
+    (run / "ckpt.pt").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="ckpt.pt cannot be read"):
+        evaluate.load_run(run)
     del state["model"]["lm_bias"]
     torch.save(state, run / "ckpt.pt")
     with pytest.raises(ValueError, match="ckpt.pt holds other networks than this code builds .*lm_bias"):

@@ -73,6 +73,11 @@ def test_a_wrong_weights_file_is_one_sentence(tmp_path):
         weights.load_vit(tmp_path / "x.bin")
     with pytest.raises(ValueError, match="nowhere.bin is not a file of tensors.*there is none"):
         weights.load_vit(tmp_path / "nowhere.bin")
+    for dialect in clip_states():
+        for key in dialect:
+            if key != "logit_scale":
+                with pytest.raises(ValueError, match="neither an open_clip nor|keys missing"):
+                    weights.load_clip({k: v for k, v in dialect.items() if k != key})
     with pytest.raises(ValueError, match="is a timm ViT without a text tower"):
         weights.load_clip(timm_state())
     with pytest.raises(ValueError, match="is a CLIP with its text tower"):
@@ -242,10 +247,11 @@ def test_wrappings_of_training_scripts_are_taken_off(tmp_path):
     assert weights.read_weights(tmp_path / "a.pt").keys() == state.keys()
 
 
+TINY_CLIP = dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **networks.CLIP_STATS)
+
+
 def mrplip(vocab, end, vision=dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv")):
     torch.manual_seed(0)
-    if vision is networks.CLIP_STATS:
-        vision = dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **vision)
     return networks.MRPLIP(vocab, end, vision, dict(context=9, width=64, depth=2, heads=1),
                            dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8))
 
@@ -267,10 +273,9 @@ TEXTS, IDS = ["mucin", "the mucin"], [514, 513, 76, 84, 66, 72, 333, 515]
 def export_cases():
     """name -> (MRPLIP with weights that anybody can write down, its tokenizer, the packages it can leave for)."""
     words = tokenizer.Tokenizer([("t", "h"), ("th", "e</w>")])
-    clip = dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **networks.CLIP_STATS)
     timm = dict(size=224, patch=16, width=192, depth=12, heads=3, layer_scale=1e-5, **networks.IMAGENET)
     out = {}
-    for name, vision, quick, ways in (("clip", clip, False, ("open_clip", "huggingface")), ("quick", dict(clip, quick=True), True, ("open_clip", "huggingface")), ("trunk", timm, False, ("open_clip",))):
+    for name, vision, quick, ways in (("clip", TINY_CLIP, False, ("open_clip", "huggingface")), ("quick", dict(TINY_CLIP, quick=True), True, ("open_clip", "huggingface")), ("trunk", timm, False, ("open_clip",))):
         m = networks.MRPLIP(words.size, words.end, vision, dict(context=9, width=64, depth=2, heads=1, quick=quick), dict(width=16, depth=1, heads=2, pool=2), 24, (16, 8)).eval()
         m.load_state_dict({**m.state_dict(), **sines({k: v.shape for k, v in m.named_parameters() if k != "itc_scale"})})
         out[name] = m, words, ways
@@ -310,7 +315,7 @@ def test_golden_export(name, tmp_path):
 
 def test_loading_and_exporting_gives_the_file_back(tmp_path):
     for dialect, to in zip(clip_states(), ("open_clip", "huggingface")):
-        m = mrplip(41, 39, networks.CLIP_STATS)
+        m = mrplip(41, 39, TINY_CLIP)
         vit, tower = weights.load_clip(dialect)
         weights.adopt_vision(m, vit)
         weights.adopt_text(m, tower)
@@ -346,7 +351,7 @@ def test_pixel_statistics_travel_with_the_weights():
 def test_a_run_starts_from_one_clip_file_and_can_give_it_back(tmp_path, monkeypatch):
     clip = clip_states(V=514)[0]                           # 512 symbols, start, end
     torch.save(clip, tmp_path / "quiltnet.pt")
-    small = dict(vision=dict(size=32, patch=16, width=64, depth=2, heads=1, pre_norm=True, patch_bias=False, eps=1e-5, **networks.CLIP_STATS),
+    small = dict(vision=TINY_CLIP,
                  text=dict(context=9, width=64, depth=2, heads=1), fusion=dict(width=16, depth=1, heads=2, pool=2), embed=24, simsiam=(16, 8))
     monkeypatch.setitem(networks.SIZES, "quiltnet", small)
     monkeypatch.setitem(networks.SIZES, "plip", {**small, "text": dict(small["text"], quick=True), "vision": dict(small["vision"], quick=True)})
