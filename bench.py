@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import captioner
 import data
+import losses
 import model as networks
 import synthetic
 import text
@@ -243,7 +244,7 @@ def bench_step(folder, device):
     patches, model = augment(), train.build_model(cfg, tokenizer).to(device)
 
     def step(**off):
-        objective = train.Objective(model, dataclasses.replace(cfg, **off))
+        objective = losses.Objective(model, dataclasses.replace(cfg, **off))
         return lambda: sum(objective(patches, batch)[0].values()).backward()
     names = ("itm", "mlm", "plm", "cvta", "mrtva")
     cases = {"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in names}, "itc alone": step(**dict.fromkeys(names, 0.0)),

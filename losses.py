@@ -1,21 +1,31 @@
-"""Objectives: six losses, each one equation, each a pure function of tensors; and the monitors that tell when one has failed.
+"""Objectives: six losses, each one equation, each a pure function of tensors; the momentum model that softens three of them; the
+monitors that tell when one has failed; and `Objective`, which hangs all of it on the networks in the paper's order.
 
     L = ITC + ITM + MLM + PLM   (L_bl, the baseline of [2, 3])   +   CVTA   +   MRTVA              (MR-PLIP [1], section 3)
 
 Shape letters: B bags, N nodes per bag, M = rows of a pair loss (any patches with their captions), K keywords of a bag,
-k_o keywords selected per node, T text tokens, d the shared space, V vocabulary, W processes.
+k_o keywords selected per node, L keywords a softmax runs over, Q slots of a queue, C columns (candidates) of a contrast,
+T text tokens, d the shared space, V vocabulary, W processes.
 
 A node that is blank glass, or whose magnification the slide does not have, is not valid; every loss takes that mask (or
-non-negative weights: train.py gives each magnification the same total weight). Where nothing is valid a loss is 0, never
-NaN. Everything is computed in fp32. Stop-gradients are at the call, where the reader sees them.
+non-negative weights: `Objective` gives each magnification the same total weight). Where nothing is valid a loss is 0, never
+NaN. Everything is computed in fp32 (fp64 where a test gives that), also under autocast. Stop-gradients are at the call, where
+the reader sees them. Nothing here reads a value back from the device or loops over the batch.
 
 References
 [1] MR-PLIP, CVPR 2025.   [2] Li et al. 2021, ALBEF (ITC, ITM with hard negatives, MLM).   [3] Li et al. 2022, mPLUG (prefix LM).
-[4] Chen & He 2021, SimSiam.   [5] Radford et al. 2021, CLIP.
+[4] Chen & He 2021, SimSiam.   [5] Radford et al. 2021, CLIP.  [6] He et al. 2020, MoCo (momentum model, queue).
 """
+import contextlib
+import copy
+import functools
+
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+
+from model import text_valid
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,47 +67,91 @@ def gather(x):
 
 def weighted_mean(x, weight):
     """sum(x * weight) / sum(weight), the denominator taken over all processes; 0 where all weights are 0."""
-    weight = weight.float()
-    total = weight.sum()
-    if world_size() > 1:
-        total = total.clone()
-        dist.all_reduce(total)
-        total = total / world_size()  # so that the mean over processes of the result is the mean over all rows
-    return (x.float() * weight).sum() / total.clamp(min=1e-6)
+    x, weight = full(x), weight.to(full(x).dtype)
+    return (x * weight).sum() / all_mean(weight.sum()).clamp(min=1e-6)
+
+
+def all_mean(x):
+    """The mean over processes of a tensor without gradient."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def full(x):
+    """x in fp32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x):
+    """x [..., d] -> the same in fp32 at least and of length 1: dot products are cosines."""
+    return F.normalize(full(x), dim=-1)
+
+
+def in_fp32(loss):
+    """Decorator: autocast would run the matrix products of a loss in bf16, whose three digits are fewer than a logit / tau needs."""
+    @functools.wraps(loss)
+    def run(x, *args, **more):
+        with torch.autocast(x.device.type, enabled=False):
+            return loss(x, *args, **more)
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The baseline losses
 
-def itc(v, t, bag, tau, valid, kin=0.1):
+@in_fp32
+def itc(v, t, bag, tau, valid, kin=0.1, slow=None, queue=None, alpha=None):
     """Image-text contrast [2, 5]: v, t [M, d] L2-normalised, bag [M] bag ids, valid [M] mask or weights -> scalar.
 
         L = 1/2 sum_i  H(q_i, softmax_j v_i t_j / tau) + H(q_i, softmax_j t_i v_j / tau)
 
     q_i gives 1 - kin to the own caption and spreads `kin` over the patches of the same bag: they show the same tissue, so
-    calling them wrong outright would be false. Columns come from all processes. Chance level: ln(number of valid rows)."""
-    M = len(v)
-    all_v, all_t, all_bag, all_valid = gather(v.float()), gather(t.float()), gather(bag), gather(valid.float())
+    calling them wrong outright would be false. Columns come from all processes. Chance level: ln(number of valid columns).
+
+    slow (v, t), each [M, d], of the momentum model: the columns are then its features, which move too slowly to run away, and
+    with alpha (0-d) its own opinion softens the targets: q_i <- (1 - alpha) q_i + alpha softmax_j slow v_i t_j / tau [2].
+    queue (v [Q, d], t [Q, d], bag [Q]) appends the slow features of earlier batches; bag -1 marks a slot not filled yet."""
+    M, v, t = len(v), full(v), full(t)
+    all_v, all_t = (gather(full(x).detach()) for x in slow) if slow else (gather(v), gather(t))        # [C, d]
+    all_bag, real = gather(bag), gather(valid.to(v.dtype)) > 0                         # [C] invalid patches are no negatives
+    if queue:
+        all_v, all_t = torch.cat([all_v, queue[0].to(v.dtype)]), torch.cat([all_t, queue[1].to(v.dtype)])
+        all_bag, real = torch.cat([all_bag, queue[2]]), torch.cat([real, queue[2] >= 0])
     own = torch.arange(M, device=v.device) + rank_offset(M)
-    same = ((bag[:, None] == all_bag[None, :]) & (all_valid > 0)).float()              # [M, W M] kin, oneself included
+    same = ((bag[:, None] == all_bag[None, :]) & real).to(v.dtype)                     # [M, C] kin, oneself included
     q = kin * same / same.sum(1, keepdim=True).clamp(min=1)
-    q = q.scatter_add(1, own[:, None], torch.full((M, 1), 1 - kin, device=v.device))   # [M, W M]
-    drop = all_valid == 0                                                              # invalid patches are no negatives
+    q = q.scatter_add(1, own[:, None], torch.full_like(q[:, :1], 1 - kin))             # [M, C]
     rows = 0
-    for a, b in ((v, all_t), (t, all_v)):
-        logits = (a.float() @ b.T / tau).masked_fill(drop, -1e4)                       # [M, W M]
-        rows = rows - (q * F.log_softmax(logits, 1)).sum(1) / 2
+    for a, b, opinion in ((v, all_t, slow and slow[0]), (t, all_v, slow and slow[1])):
+        logits = (a @ b.T / tau).masked_fill(~real, -1e4)                              # [M, C]
+        target = q
+        if alpha is not None:
+            with torch.no_grad():
+                target = (1 - alpha) * q + alpha * (full(opinion) @ b.T / tau).masked_fill(~real, -1e4).softmax(1)
+        rows = rows - (target * logits.log_softmax(1)).sum(1) / 2
     return weighted_mean(rows, valid)
 
 
 @torch.no_grad()
+def enqueue(queue, at, rows):
+    """Write the rows [M, ...] of every process into the ring buffer queue [Q, ...] from slot at (0-d) on, in place. Any size will
+    do: it wraps around, and of more rows than slots the last are kept."""
+    rows = gather(rows)[-len(queue):]
+    queue.index_copy_(0, (at + torch.arange(len(rows), device=at.device)) % len(queue), rows.to(queue.dtype))
+
+
+@torch.no_grad()
+@in_fp32
 def hard_negatives(v, t, bag, tau, valid, generator=None):
     """For ITM [2]: v, t [M, d] -> (image [M], text [M], ok [M]): for caption i a wrong image, for image i a wrong caption,
     drawn with the probability softmax gives them, never from the same bag: kin would be false negatives. ok is False
     where no other bag offers one (a single bag): those rows must not count."""
     other = (bag[:, None] != bag[None, :]) & valid.bool()[None, :]                     # [M, M]
     ok = other.any(1) & valid.bool()
-    sim = v.float() @ t.float().T / tau                                                # [M, M]
+    sim = full(v) @ full(t).T / tau                                                    # [M, M]
     draw = []
     for logits in (sim.T, sim):                                                        # text -> image, image -> text
         p = logits.masked_fill(~other, -1e4).softmax(1) * other + 1e-4 * other         # hard, but never degenerate
@@ -110,7 +164,7 @@ def itm(positive, negative_image, negative_text, valid):
     """Image-text matching [2]: logits [M, 2] of the true pair, of caption + wrong image, of image + wrong caption
     (column 1 = "they match"), valid [M] -> scalar. Chance level of always guessing "no": ln 3 - 2/3 ln 2 = 0.637."""
     M = len(positive)
-    logits = torch.cat([positive, negative_image, negative_text]).float()              # [3M, 2]
+    logits = full(torch.cat([positive, negative_image, negative_text]))                # [3M, 2]
     labels = torch.cat([torch.ones(M), torch.zeros(2 * M)]).long().to(logits.device)
     return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), valid.repeat(3))
 
@@ -130,11 +184,21 @@ def corrupt(ids, real, mask_id, special, vocab, rate=0.15, generator=None):
     return torch.where(chosen & (u[1] >= 0.9), random_ids.clamp(max=vocab - 1), ids), labels
 
 
-def mlm(logits, labels):
+def soft_cross_entropy(logits, labels, slow=None, alpha=None):
+    """Cross-entropy against (1 - alpha) onehot + alpha softmax(slow) [2]: logits and slow [R, V], labels [R] (-100: 0) -> [R]."""
+    logits = full(logits)
+    rows = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    if slow is None:
+        return rows
+    return (1 - alpha) * rows - alpha * (full(slow).softmax(-1) * logits.log_softmax(-1)).sum(-1)      # over V, not over T
+
+
+def mlm(logits, labels, slow=None, alpha=None):
     """Masked language modelling [2]: logits [M, T, V], labels [M, T] (-100: not asked) -> mean cross-entropy over the asked
-    tokens. Chance level: ln V."""
-    rows = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")  # [M T]
-    return weighted_mean(rows, labels.flatten() != -100)
+    tokens. Chance level: ln V. slow [M, T, V]: the momentum model's logits, which soften the labels by alpha."""
+    labels = labels.flatten()                                                          # [M T]
+    rows = soft_cross_entropy(logits.flatten(0, 1), labels, None if slow is None else slow.flatten(0, 1), alpha)
+    return weighted_mean(rows, labels != -100)
 
 
 def split_prefix(real, generator=None):
@@ -145,13 +209,13 @@ def split_prefix(real, generator=None):
     return 1 + (u * n).long().clamp(max=(n - 1).clamp(min=0))
 
 
-def plm(logits, ids, prefix, real, valid):
+def plm(logits, ids, prefix, real, valid, slow=None, alpha=None):
     """Prefix language modelling [3]: logits [M, T, V] from the prefix mask, ids [M, T] -> mean cross-entropy of the tokens
-    after the prefix, each predicted from the image, the prefix and what came before it. Chance level: ln V."""
+    after the prefix, each predicted from the image, the prefix and what came before it. Chance level: ln V. slow, alpha as in `mlm`."""
     T = ids.shape[1]
     at = torch.arange(1, T, device=ids.device)
     asked = (at[None, :] >= prefix[:, None]) & real[:, 1:] & valid.bool()[:, None]     # [M, T - 1]
-    rows = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    rows = soft_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), None if slow is None else slow[:, :-1].flatten(0, 1), alpha)
     return weighted_mean(rows, asked.flatten())
 
 
@@ -159,12 +223,14 @@ def plm(logits, ids, prefix, real, valid):
 # Cross-resolution Visual-Textual Alignment [1, section 3.2]
 
 @torch.no_grad()
+@in_fp32
 def select_keywords(v, w, k_o, w_valid, own=None):
     """The positives P(a) of each node: v [B, N, d], w [B, K, d], w_valid [B, K] -> (index [B, N, k_o], ok [B, N, k_o]).
 
     The k_o keywords of the bag with the highest cosine to the node (ties: the earlier one). With own [B, N, K] only the
-    keywords of the node's own caption are candidates: the warm-up. ok is False where there are fewer than k_o."""
-    cosine = F.normalize(v.float(), dim=-1) @ F.normalize(w.float(), dim=-1).transpose(1, 2)     # [B, N, K]
+    keywords of the node's own caption are candidates: the warm-up. ok is False where there are fewer than k_o. Projections that are
+    not trained yet, or the momentum model's, may be given instead of those the loss compares: the choice carries no gradient."""
+    cosine = unit(v) @ unit(w).transpose(1, 2)                                         # [B, N, K]
     allowed = w_valid[:, None, :].expand_as(cosine) if own is None else own & w_valid[:, None, :]
     k = min(k_o, w.shape[1])
     top = cosine.masked_fill(~allowed, -2.0).sort(dim=-1, descending=True, stable=True)
@@ -172,25 +238,49 @@ def select_keywords(v, w, k_o, w_valid, own=None):
     return F.pad(index, (0, k_o - k)), F.pad(ok, (0, k_o - k))
 
 
-def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None):
+@in_fp32
+def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, word=None, near=None):
     """CVTA [1, equation of section 3.2]: v [B, N, d] patches, w [B, K, d] keywords of the bag -> scalar.
 
         L = - mean_a  1/|P(a)|  sum_{b in P(a)}  [ s_ab - log sum_{b'} exp s_ab' ],     s_ab = cos(v_a, w_b) / tau
 
     Each patch is drawn to its own few keywords and away from the rest of the bag's: what a 40x patch shows of a 5x
     caption's words, and the wrong words of a noisy captioner, are sorted out by similarity. The sum over positives stands
-    outside the logarithm, so the optimum is log|P|, not 0; equal logits give log K. Negatives never leave the bag.
-    selected: (index, ok) of `select_keywords`; None selects by cosine, as the paper does. Nodes without a positive drop out."""
-    index, ok = select_keywords(v, w, k_o, w_valid) if selected is None else selected
-    s = F.normalize(v.float(), dim=-1) @ F.normalize(w.float(), dim=-1).transpose(1, 2) / tau     # [B, N, K]
-    log_p = s.masked_fill(~w_valid[:, None, :], -1e4).log_softmax(-1)                             # [B, N, K]
-    picked = log_p.gather(-1, index.clamp(max=w.shape[1] - 1)) * ok                               # [B, N, k_o]
-    rows = -picked.sum(-1) / ok.sum(-1).clamp(min=1)                                              # [B, N]
-    return weighted_mean(rows, v_valid.float() * ok.any(-1))
+    outside the logarithm, so the optimum is log|P|, not 0; equal logits give log K. Nodes without a positive drop out.
+
+    selected: (index, ok) of `select_keywords`; None selects by cosine, as the paper does.
+    near: keywords whose cosine to a positive is above it say the same in other words: unless positives themselves, they leave
+    the sum over b'. None keeps all.
+    word [B, K]: ids of the keywords, equal where they are. The sum over b' then runs over those of all bags and processes, each
+    counted once; None keeps it inside the bag, as the paper does."""
+    index, ok = select_keywords(v, w, k_o, w_valid) if selected is None else selected  # [B, N, k_o]
+    v, w = unit(v), unit(w)
+    (B, K), at, table, listed = w_valid.shape, index, w, w_valid
+    if word is not None:
+        table, listed, ids = gather(w).flatten(0, 1)[None], gather(w_valid).view(1, -1), gather(word).flatten()    # [1, L, d], [1, L], [L]
+        at = index + K * (rank_offset(B) + torch.arange(B, device=v.device))[:, None, None]
+        order = ids.masked_fill(~listed[0], -1).sort().values
+        copies = torch.searchsorted(order, ids, right=True) - torch.searchsorted(order, ids)           # [L] times a keyword is there
+    s = v @ table.transpose(1, 2) / tau                                                # [B, N, L], L = K inside the bag
+    with torch.no_grad():
+        chosen = torch.zeros_like(s[..., :K]).scatter_add(2, index, ok.to(s.dtype))    # [B, N, K]
+        positive = torch.zeros_like(s).scatter_add(2, at, ok.to(s.dtype)) > 0          # [B, N, L]
+        dropped = ~listed[:, None, :]                                                  # [1 or B, 1, L]
+        if near is not None or word is not None:
+            alike = w @ table.transpose(1, 2) > near if near is not None else False    # [B, K, L]
+            alike = (alike if word is None else alike | (word[:, :, None] == ids)).to(s.dtype)
+            dropped = dropped | (chosen @ alike > 0) & ~positive
+    other = s if word is None else torch.where(positive, s, s - copies.clamp(min=1).log())
+    picked = (s.gather(2, at) - other.masked_fill(dropped, -1e4).logsumexp(-1, keepdim=True)) * ok     # [B, N, k_o]
+    rows = -picked.sum(-1) / ok.sum(-1).clamp(min=1)                                   # [B, N]
+    return weighted_mean(rows, v_valid.to(rows.dtype) * ok.any(-1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Multi-Resolution Text-guided Visual representation Alignment [1, section 3.3]
+
+PAIRS = ("edges", "ancestors", "levels", "random")
+
 
 def level_sizes(N, b):
     """How many of the N nodes of a b-ary heap lie on each level, from 5x to the finest: (85, 4) -> [1, 4, 16, 64]."""
@@ -205,41 +295,234 @@ def mrtva(h, g, valid, b=4, pairs="edges"):
 
         L = mean over pairs (p, c) of  -1/2 [ cos(h_p, g_c) + cos(h_c, g_p) ]
 
-    p and c are parent and child ("edges"), or any ancestor and its descendant ("ancestors"). The mean is taken inside each
-    pair of magnifications first: otherwise the 64 edges between 20x and 40x would be three quarters of the loss."""
-    if pairs not in ("edges", "ancestors"):
-        raise ValueError(f'pairs must be "edges" or "ancestors", not {pairs!r}')
-    h, g, valid = F.normalize(h.float(), dim=-1), F.normalize(g.float(), dim=-1), valid.bool()
-    sizes = level_sizes(h.shape[1], b)
-    loss, groups = h.new_zeros(()), h.new_zeros(())
+    p and c are parent and child ("edges"), any ancestor and its descendant ("ancestors"), or two magnifications of a bag, each
+    averaged to one vector ("levels"). "random" is the control: the parent's place is taken by any patch of its magnification in
+    another bag. The mean is taken inside each pair of magnifications first: otherwise the 64 edges between 20x and 40x would
+    be three quarters of the loss."""
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs is one of {', '.join(PAIRS)}, not {pairs!r}")
+    h, g, valid, sizes = unit(h), unit(g), valid.bool(), level_sizes(h.shape[1], b)
+    B, first = len(h), [sum(sizes[:i]) for i in range(len(sizes))]
+    if pairs == "levels":  # a chain of one node a level, in which all are ancestors of all below
+        m = valid.to(h.dtype)[..., None]
+        h, g = (unit(torch.stack([level.sum(1) for level in (x * m).split(sizes, 1)], 1)) for x in (h, g))         # [B, levels, d]
+        valid = torch.stack([level.any(1) for level in valid.split(sizes, 1)], 1)
+        b, sizes, first = 1, [1] * len(sizes), list(range(len(sizes)))
+    agreement, count = [], []                                                          # one entry a pair of magnifications
     for fine in range(1, len(sizes)):
-        c = torch.arange(sum(sizes[:fine]), sum(sizes[: fine + 1]), device=h.device)    # all nodes of this level
+        c = torch.arange(first[fine], first[fine] + sizes[fine], device=h.device)      # all nodes of this level
         p = c
-        for _ in range(1 if pairs == "edges" else fine):
-            p = (p - 1) // b                                                            # one level up
-            agreement = ((h[:, p] * g[:, c]).sum(-1) + (h[:, c] * g[:, p]).sum(-1)) / 2 # [B, nodes of the level]
-            both = (valid[:, p] & valid[:, c]).float()
-            loss = loss - weighted_mean(agreement, both)
-            groups = groups + (gather(both.sum().view(1)).sum() > 0)                    # 40x may be absent from every bag
-    return loss / groups.clamp(min=1)
+        for coarse in reversed(range(fine)) if pairs in ("ancestors", "levels") else (fine - 1,):
+            p = (p - 1) // b                                                           # one level up
+            h_p, g_p, valid_p = h[:, p], g[:, p], valid[:, p]                          # [B, nodes of the level, d]
+            if pairs == "random":
+                bag = (torch.arange(B, device=h.device) + torch.randint(1, max(B, 2), (1,), device=h.device)) % B
+                node = first[coarse] + torch.randint(sizes[coarse], p.shape, device=h.device)
+                h_p, g_p, valid_p = h[bag][:, node], g[bag][:, node], valid[bag][:, node]
+            both = (valid_p & valid[:, c]).to(h.dtype)
+            agreement.append((((h_p * g[:, c]).sum(-1) + (h[:, c] * g_p).sum(-1)) / 2 * both).sum())
+            count.append(both.sum())
+    total = all_mean(torch.stack(count))
+    return -(torch.stack(agreement) / total.clamp(min=1e-6)).sum() / (total > 0).sum().clamp(min=1)    # 40x may be absent from every bag
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Monitors: cheap numbers that show a failure long before an evaluation does
+# Monitors: cheap numbers that show a failure long before an evaluation does, and what to do about each
 
 @torch.no_grad()
+@in_fp32
 def monitors(g, valid, index, ok, own, w_valid):
-    """dict of 0-d tensors.
+    """g [B, N, d] projections, valid [B, N], (index, ok) [B, N, k_o] as selected, own [B, N, K], w_valid [B, K] -> dict of 0-d tensors.
 
     std        per-channel deviation of the normalised projector output times sqrt(d): about 1 is healthy, near 0 is
                SimSiam's collapse (MRTVA close to -1 says nothing by itself).
+    rank       in how many directions that output varies: (sum of the eigenvalues of its covariance)^2 / sum of their squares.
     used       share of a bag's keywords that any of its nodes selects: near k_o / K means all nodes pick the same few.
-    own        share of the selected keywords that the node's own caption names: agreement of CVTA with the captioner."""
-    g = F.normalize(g.float(), dim=-1)                                                 # [B, N, d]
-    m = valid.float().unsqueeze(-1)
-    mean = (g * m).sum((0, 1)) / m.sum().clamp(min=1)
-    std = (((g - mean) ** 2 * m).sum((0, 1)) / m.sum().clamp(min=1)).sqrt().mean() * g.shape[-1] ** 0.5
+    spread     entropy of a bag's selections over that of picking its keywords evenly: 1 is even, ln k_o / ln K all the same.
+    own        share of the selected keywords that the node's own caption names: agreement of CVTA with the captioner.
+    chance     what `own` would be if nodes selected blindly."""
+    g = unit(g)                                                                        # [B, N, d]
+    m = valid.to(g.dtype).unsqueeze(-1)
+    g = ((g - (g * m).sum((0, 1)) / m.sum().clamp(min=1)) * m).flatten(0, 1)           # [BN, d] centred
+    cov = g.T @ g / m.sum().clamp(min=1)                                               # [d, d]
+    std = cov.diagonal().clamp(min=0).sqrt().mean() * g.shape[-1] ** 0.5
     ok = ok & valid[..., None]
-    chosen = torch.zeros_like(own, dtype=torch.float).scatter_add(2, index, ok.float()) > 0       # [B, N, K]
-    used = (chosen.any(1) & w_valid).sum() / w_valid.sum().clamp(min=1)
-    return {"std": std, "used": used, "own": (chosen & own).sum() / chosen.sum().clamp(min=1)}
+    times = torch.zeros_like(own, dtype=g.dtype).scatter_add(2, index, ok.to(g.dtype)) # [B, N, K]
+    listed, there = w_valid.to(g.dtype), (times.sum((1, 2)) > 0).to(g.dtype)           # [B, K], [B]
+    p = times.sum(1) / times.sum((1, 2)).clamp(min=1)[:, None]                         # [B, K]
+    entropy = -(p * p.clamp(min=1e-9).log()).sum(1) / listed.sum(1).clamp(min=2).log() # [B]
+    picks = times.sum().clamp(min=1)
+    blind = (own & w_valid[:, None]).to(g.dtype).sum(2) / listed.sum(1).clamp(min=1)[:, None]          # [B, N]
+    return {"std": std, "rank": cov.trace() ** 2 / cov.square().sum().clamp(min=1e-12),
+            "used": ((p > 0) * listed).sum() / listed.sum().clamp(min=1), "spread": (entropy * there).sum() / there.sum().clamp(min=1),
+            "own": (times * own).sum() / picks, "chance": (blind * times.sum(2)).sum() / picks}
+
+
+@torch.no_grad()
+def blindness(z, swapped, valid):
+    """The share of z's variation that survives when the images are shuffled: z [n, D] of image i with keywords i, swapped [n, D] of image
+    i + 1 with keywords i, valid [n] -> 0-d tensor in [0, 1]. At 1 the text-guided representation is text alone: MRTVA then
+    aligns words, which parent and child share anyway, and teaches the images nothing."""
+    z, swapped = full(z), full(swapped)
+    both = (valid & valid.roll(-1))[:, None].to(z.dtype)
+    moved, apart = ((z - swapped).square() * both).sum(), ((z - z.roll(-1, 0)).square() * both).sum()
+    return (1 - moved / apart.clamp(min=1e-9)).clamp(0, 1)
+
+
+NEAR = 0.95        # cosine above which two keywords count as one and the same for CVTA
+TAU = (0.01, 0.5)  # temperatures are clamped to this: below, a contrast stops listening to the data
+
+WARNINGS = (  # name of the monitor, what is wrong with a dict of their means, what to do
+    ("std", lambda m: m["std"] < 0.3, "the projections collapse (std {std:.2f}, healthy is about 1), so MRTVA agrees with itself: lower --mrtva or --lr, or raise --bags"),
+    ("rank", lambda m: m["rank"] < 3, "the projections vary in {rank:.1f} directions only: raise --bags or lower --mrtva"),
+    ("spread", lambda m: m["spread"] < 0.5, "all patches of a bag select the same few keywords (evenness {spread:.2f}): raise --warm, or try --cvta_negatives batch"),
+    ("own", lambda m: m["own"] < 1.2 * m["chance"], "selected keywords agree with the patches' own captions no better than chance ({own:.2f}, chance {chance:.2f}): raise --warm, or try --cvta_select ema"),
+    ("blind", lambda m: m["blind"] > 0.9, "{blind:.0%} of z survives a change of image: MRTVA aligns words, not tissue. Raise --itm and --mlm or lower --k_o"),
+    ("tau", lambda m: not 1.01 * TAU[0] < m["tau"] < 0.99 * TAU[1], "ITC's temperature {tau:.3f} stands at its clamp: lower --lr, and look for captions that are all alike"),
+    ("tau_cvta", lambda m: not 1.01 * TAU[0] < m["tau_cvta"] < 0.99 * TAU[1], "CVTA's temperature {tau_cvta:.3f} stands at its clamp: lower --lr or --cvta"),
+    ("queue", lambda m: m["queue"] < 1 <= m["epoch"], "only {queue:.0%} of the queue is filled after an epoch, so it is larger than the data: lower --queue"),
+)
+
+
+def warnings(m):
+    """{name: sentence} for each known failure that a dict of mean monitors (floats; `epoch`: passes over the data so far) shows."""
+    return {name: say.format(**m) for name, wrong, say in WARNINGS if name in m and wrong(m)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The momentum model [2, 6]: a slow copy of whatever is distilled. Its weights are the mean of the past ones, its answers steadier.
+
+def slow_copy(model, without=()):
+    """A copy of an MRPLIP that no gradient reaches. without: modules it does not need, which are not copied."""
+    return copy.deepcopy(model, {id(part): nn.Identity() for part in without}).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(slow, model, m):
+    """slow <- m slow + (1 - m) model, for every parameter that slow has: a module cannot be forgotten."""
+    fast = dict(model.named_parameters())
+    names, old = zip(*slow.named_parameters())
+    torch._foreach_lerp_(old, [fast[name] for name in names], 1 - m)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The objective: how the six losses hang on the networks, in the paper's order. A module, so that DDP and torch.compile
+# see one forward call a step; it also holds what the losses remember, the momentum model and the queues.
+
+class Objective(nn.Module):
+    """batch (as train.Batches builds it, images already cut to patches) -> (dict of losses, dict of monitors).
+
+    cfg is train.Config. What a weight of 0, alpha 0 or queue 0 switches off is neither built nor computed."""
+
+    def __init__(self, model, cfg):
+        super().__init__()
+        self.model, self.cfg, self.slow = model, cfg, None
+        self.softens = cfg.alpha > 0 and bool(cfg.itc or cfg.mlm or cfg.plm)
+        words = cfg.alpha > 0 and (cfg.mlm or cfg.plm)
+        if self.softens or cfg.itc and cfg.queue or (cfg.cvta or cfg.mrtva) and cfg.cvta_select == "ema":
+            spared = [model.heads, model.itm_head, model.fuse_keyword] + [model.vision] * cfg.freeze_vision
+            self.slow = slow_copy(model, spared + ([] if words else [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln]))
+        if cfg.itc and cfg.queue:
+            d, device = len(model.proj.weight), model.proj.weight.device
+            self.register_buffer("queue_v", torch.zeros(cfg.queue, d, device=device))
+            self.register_buffer("queue_t", torch.zeros(cfg.queue, d, device=device))
+            self.register_buffer("queue_bag", torch.full((cfg.queue,), -1, device=device))
+            self.register_buffer("queue_at", torch.zeros((), dtype=torch.long, device=device))
+
+    def memory(self):
+        """What a checkpoint needs besides the model: state dict of the momentum model and the queues."""
+        return {k: x for k, x in self.state_dict().items() if not k.startswith("model.")}
+
+    def follow(self):
+        """After an optimiser step: the momentum model follows. Half of it is forgotten every `half_life` bags, on any number of processes."""
+        if self.slow is not None:
+            follow(self.slow, self.model, 0.5 ** (self.cfg.bags / self.cfg.half_life))
+
+    def forward(self, patches, batch):
+        """patches [B, N, 3, S, S], batch a dict -> ({loss: scalar}, {monitor: scalar})."""
+        model, slow, cfg, out = self.model, self.slow, self.cfg, {}
+        valid, ids = batch["valid"], batch["ids"].flatten(0, 1)                        # [B, N], [BN, T]
+        B, N = valid.shape
+        bag = batch["bag"].repeat_interleave(N)                                        # [BN] number of the bag in the data
+        # Every magnification weighs the same, however many nodes it has: otherwise 40x would be three quarters of the loss.
+        sizes = level_sizes(N, cfg.children)
+        weight = valid / torch.tensor([s for s in sizes for _ in range(s)], device=valid.device)       # [B, N]
+        alpha = batch["alpha"] if self.softens else None
+
+        # Towers: every patch, every caption and every distinct keyword once.
+        with torch.no_grad() if cfg.freeze_vision else contextlib.nullcontext():
+            tokens = model.vision(patches.flatten(0, 1))                               # [BN, 1 + P, Dv]
+        v = model.project(tokens)                                                      # [BN, d]
+        captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
+        t = unit(pooled)
+        if cfg.cvta or cfg.mrtva:
+            w = model.encode_text(batch["keywords"])[batch["bag_of"]]                  # [U, d] -> [B, K, d]
+        if slow is not None:
+            with torch.no_grad():
+                slow_tokens = tokens if cfg.freeze_vision else slow.vision(patches.flatten(0, 1))
+                slow_v, (slow_captions, pooled) = slow.project(slow_tokens), slow.text(ids)
+                slow_t = unit(pooled)
+        tau_itc, tau_cvta = (-model.itc_scale).exp(), (-model.cvta_scale).exp()
+        monitor = {"tau": tau_itc.detach()}
+
+        if cfg.itc:
+            queue = (self.queue_v, self.queue_t, self.queue_bag) if cfg.queue else None
+            out["itc"] = itc(v, t, bag, tau_itc, weight.flatten(), cfg.kin, (slow_v, slow_t) if queue or self.softens else None, queue, alpha)
+            if queue:  # for the batches to come: this one's features stand in its own columns
+                for slots, rows in zip(queue, (slow_v, slow_t, torch.where(valid.flatten(), bag, -1))):
+                    enqueue(slots, self.queue_at, rows)
+                self.queue_at.copy_((self.queue_at + B * N * world_size()) % cfg.queue)
+                monitor["queue"] = (self.queue_bag >= 0).float().mean()
+        visual = model.visual_tokens(tokens) if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva else None     # [BN, V, D] shared by all passes
+
+        # Caption losses on M = B * pairs patches.
+        row = batch["pairs"]                                                           # [M] numbers into BN
+        image, caption, word = (visual[row], captions[row], ids[row]) if visual is not None else (None,) * 3
+        real, ok = text_valid(ids[row], model.text.end), valid.flatten()[row]          # [M, T], [M]
+        soft_mlm = soft_plm = None
+        if self.softens and (cfg.mlm or cfg.plm):
+            with torch.no_grad():
+                slow_image = slow.visual_tokens(slow_tokens[row])                      # [M, V, D]
+        if cfg.itm:
+            i, j, found = hard_negatives(v[row], t[row], bag[row], tau_itc, ok)
+            seen = torch.cat([real, real, real[j]])                                    # [3M, T]
+            fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]), seen,
+                                         at=seen.sum(1) - 1)                           # [3M, D] read at the end id
+            out["itm"] = itm(*model.itm_head(fused).chunk(3), ok & found)              # [M, 2] each
+        if cfg.mlm:
+            special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
+            masked, labels = corrupt(word, real & ok[:, None], special[2], special, model.lm_bias.numel())
+            if self.softens:
+                with torch.no_grad():
+                    soft_mlm = slow.lm_logits(slow.fuse_with_text(slow_image, slow.text(masked)[0], real))
+            out["mlm"] = mlm(model.lm_logits(model.fuse_with_text(image, model.text(masked)[0], real)), labels, soft_mlm, alpha)
+        if cfg.plm:
+            prefix = split_prefix(real)
+            if self.softens:
+                with torch.no_grad():
+                    soft_plm = slow.lm_logits(slow.fuse_with_text(slow_image, slow_captions[row], real, prefix))
+            out["plm"] = plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), word, prefix, real, ok, soft_plm, alpha)
+        if not (cfg.cvta or cfg.mrtva):
+            return out, monitor
+
+        # The paper's own: one selection of keywords serves CVTA and E_mm. Nodes hand over one by one from the keywords of their own
+        # caption to what similarity selects: untrained projections would only confirm their first choice.
+        v, by = v.view(B, N, -1), (v.view(B, N, -1), w)                                # [B, N, d]
+        if cfg.cvta_select == "ema":
+            with torch.no_grad():
+                by = slow_v.view(B, N, -1), slow.encode_text(batch["keywords"])[batch["bag_of"]]
+        index, chosen = select_keywords(*by, cfg.k_o, batch["w_valid"], batch["own"] | batch["free"][..., None])    # [B, N, k_o]
+        if cfg.cvta:
+            out["cvta"] = cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen), batch["word"] if cfg.cvta_negatives == "batch" else None, NEAR)
+            monitor["tau_cvta"] = tau_cvta.detach()
+        if cfg.mrtva:
+            picked = w.gather(1, index.flatten(1)[..., None].expand(-1, -1, w.shape[-1])).view(B * N, cfg.k_o, -1)   # [BN, k_o, d]
+            z = model.fuse_with_keywords(visual, picked, chosen.flatten(0, 1))         # [BN, D]
+            h, g = (x.view(B, N, -1) for x in model.heads(z, valid.flatten()))
+            out["mrtva"] = mrtva(h, g.detach(), valid, cfg.children, cfg.mrtva_pairs)  # stop-gradient on the target [1, SimSiam]
+            monitor.update(monitors(g, valid, index, chosen, batch["own"], batch["w_valid"]))
+            some = torch.arange(min(16, B * N), device=v.device) * (B * N // 16 | 1) % (B * N)         # a few nodes of all levels and many bags
+            with torch.no_grad():
+                swapped = model.fuse_with_keywords(visual[some.roll(-1)], picked[some], chosen.flatten(0, 1)[some])
+            monitor["blind"] = blindness(z[some], swapped, valid.flatten()[some])
+        return out, monitor

@@ -149,7 +149,7 @@ class ViT(nn.Module):
         elif patch == 16:
             channels, strides = [3, width // 8, width // 4, width // 2, width // 2, width], (2, 2, 2, 1, 2)
             self.stem = nn.Sequential(*[m for i, o, stride in zip(channels, channels[1:], strides) for m in
-                                        (nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())])
+                                        (nn.Conv2d(i, o, 3, stride, 1, bias=False), StemNorm(o), nn.ReLU())])
             self.stem.to(memory_format=torch.channels_last)                            # a fifth faster on a CPU
         else:
             raise ValueError(f'stem="conv" halves the image four times: patch must be 16, not {patch}')
@@ -253,6 +253,26 @@ def _all_sum(x):
     return AllSum.apply(x) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
+class StemNorm(nn.BatchNorm2d):
+    """Batch norm of x [N, D, h, w] whose statistics are those of all processes' images, so that their number does not change what is
+    learned. torch's SyncBatchNorm knows no CPU."""
+
+    def forward(self, x):
+        """x [N, D, h, w] -> the same."""
+        if not self.training or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        full, world = x.float(), dist.get_world_size()
+        mean = _all_sum(full.mean((0, 2, 3))) / world                                  # [D]
+        var = _all_sum((full - mean[:, None, None]).square().mean((0, 2, 3))) / world
+        with torch.no_grad():
+            n = world * x.numel() / x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (full * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
 class Heads(nn.Module):
     """SimSiam's projector (3 layers, batch norm after each, the last without affine) and predictor (bottleneck of 1/4) [4]."""
 
@@ -280,7 +300,7 @@ class MRPLIP(nn.Module):
         self.vision = ViT(**vision)
         self.text = TextTower(vocab, end, embed=embed, **text)
         self.proj = nn.Linear(self.vision.width, embed, bias=False)                    # class token -> v in the shared space
-        self.pool = fusion["pool"]
+        self.pool, self.grid = fusion["pool"], self.vision.grid
         D = fusion["width"]
         self.fuse_image = nn.Linear(self.vision.width, D)
         self.fuse_text = nn.Linear(self.text.width, D)
@@ -332,7 +352,7 @@ class MRPLIP(nn.Module):
         Averaging the patch grid to pool x pool (windows overlap where the grid is no multiple) makes fusion affordable and a feature cache of a frozen tower small."""
         N, _, D = tokens.shape
         if self.pool:
-            g = self.vision.grid
+            g = self.grid
             grid = tokens[:, 1:].transpose(1, 2).reshape(N, D, g, g)                   # [N, Dv, g, g]
             grid = F.adaptive_avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)   # [N, pool^2, Dv]
             tokens = torch.cat([tokens[:, :1], grid], 1)                               # [N, V, Dv]

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -74,9 +75,16 @@ class Config:
     cvta: float = 1.0              # ... cross-resolution visual-textual alignment
     mrtva: float = 1.0             # ... text-guided alignment of parents and children
     k_o: int = 4                   # keywords selected per patch (the paper's figure shows 8, of longer captions)
-    negatives: str = "batch"       # of CVTA: "bag" as in the paper, or all keywords of the batch (unproven: dev/LOG.md)
-    warm: float = 0.85             # share of the steps in which CVTA takes a node's own caption's keywords; then cosine
+    cvta_select: str = "cosine"    # how a patch finds its keywords: cosine [1] | ema (cosine of the momentum model) | own (those of its caption)
+    cvta_negatives: str = "batch"  # bag as in the paper | batch: all keywords of the batch
+    warm: float = 0.8              # share of the steps in which all patches take keywords of their own captions, whatever cvta_select is
+    hand: float = 0.1              # share of the steps after that over which they pass to cvta_select, one by one
+    mrtva_pairs: str = "edges"     # edges (parent and child) | ancestors | levels (whole magnifications) | random (the control)
     kin: float = 0.1               # ITC target mass on patches of the same bag
+    # momentum model: ALBEF's soft targets and queue. Without both, and without cvta_select ema, it does not exist
+    alpha: float = 0.0             # weight of its answers in the targets of ITC, MLM and PLM (ALBEF: 0.4), rising over the first epoch
+    queue: int = 0                 # its features of so many earlier patches are negatives of ITC (ALBEF: 65536); any number
+    half_life: float = 4400        # it forgets half of itself every so many bags (ALBEF's 0.995 a step: every 138 steps)
     # optimiser
     words: int = 300               # steps of the text tower alone before all others, where the paper has QuiltNet (not with --clip_weights)
     steps: int = 900               # optimiser steps
@@ -106,7 +114,7 @@ LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
 PRESETS = {
     "synthetic": {},
     "paper": dict(out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0,
-                  k_o=8, keywords=128, negatives="bag", jitter=0.05, workers=8, words=0, steps=312_500, lr=1e-4, lr_vision=0.1, lr_text=0.1, warmup=2000, log_every=50,
+                  k_o=8, keywords=128, cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, words=0, steps=312_500, lr=1e-4, lr_vision=0.1, lr_text=0.1, warmup=2000, log_every=50,
                   save_every=1000),  # 400,000 bags x 50 epochs / 64
 }
 
@@ -140,8 +148,11 @@ def check(cfg):
         raise ValueError(f"--size {cfg.size} is not one of {', '.join(networks.SIZES)}")
     if cfg.children not in (1, 2, 4):
         raise ValueError(f"--children is 1, 2 or 4 of the four children of a node, not {cfg.children}")
-    if cfg.negatives not in ("bag", "batch"):
-        raise ValueError(f'--negatives is "bag" or "batch", not {cfg.negatives!r}')
+    for name, choices in (("cvta_negatives", ("bag", "batch")), ("cvta_select", ("cosine", "ema", "own")), ("mrtva_pairs", losses.PAIRS)):
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"--{name} is one of {', '.join(choices)}, not {getattr(cfg, name)!r}")
+    if not 0 <= cfg.alpha < 1 or cfg.queue < 0 or cfg.half_life <= 0:
+        raise ValueError(f"--alpha is a share below 1, --queue a number of patches, --half_life a positive number of bags, not {cfg.alpha}, {cfg.queue}, {cfg.half_life}")
     if cfg.clip_weights and not cfg.tokenizer:
         raise ValueError("--clip_weights needs --tokenizer bpe_simple_vocab_16e6.txt.gz: the weights know only CLIP's own ids")
     if cfg.freeze_vision and not cfg.vision_weights and networks.SIZES[cfg.size]["vision"].get("stem") != "conv":
@@ -172,6 +183,11 @@ def cut(images, nodes, window):
     return data.pyramid(data.zoom(images, window) if window.shape[1] else images, nodes=nodes)
 
 
+def number(word):
+    """A keyword as an integer, the same in every process (Python's own hash is not)."""
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little") >> 1
+
+
 class Batches(Dataset):
     """Batch number i of this process, built from (seed, i, rank) alone: resuming needs no saved loader state, and a batch
     does not depend on how many workers made it. Every epoch is a new permutation of all bags, dealt out by rank."""
@@ -182,7 +198,7 @@ class Batches(Dataset):
         self.corpus, self.textual_bag = text.count_corpus(bags.folder), {}             # bag index -> its keywords, the latest 4,096
 
     def __getitem__(self, i):
-        cfg, B = self.cfg, self.local
+        cfg, B, step = self.cfg, self.local, i // self.cfg.accumulate
         g = torch.Generator().manual_seed(hash((cfg.seed, i, self.rank)) % 2 ** 63)
         first = (i * self.world + self.rank) * B
         items = [self.bags[self._at(first + j)] for j in range(B)]
@@ -191,6 +207,7 @@ class Batches(Dataset):
         valid = torch.stack([item["valid"] for item in items]).gather(1, nodes)        # [B, N]
         captions = [[c or "" for c in self.bags.captions(item["index"], row)] for item, row in zip(items, nodes.tolist())]
         words, own, w_valid = [], torch.zeros(B, nodes.shape[1], cfg.keywords, dtype=torch.bool), torch.zeros(B, cfg.keywords, dtype=torch.bool)
+        word = torch.zeros(B, cfg.keywords, dtype=torch.long)
         for j, item in enumerate(items):
             key = item["index"]
             if key not in self.textual_bag:
@@ -200,11 +217,11 @@ class Batches(Dataset):
             words.append(self.textual_bag[key])
             own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
             w_valid[j, : len(words[j])] = True
+            word[j, : len(words[j])] = torch.tensor([number(k) for k in words[j]])
         unique = sorted({k for bag in words for k in bag}) or [""]                     # each keyword is encoded once a batch
         at = {k: u for u, k in enumerate(unique)}
         bag_of = torch.tensor([[at[k] for k in bag] + [0] * (cfg.keywords - len(bag)) for bag in words])
-        real = torch.arange(len(unique) + -len(unique) % 64) < len(unique)             # [U]
-        unique += [""] * (len(real) - len(unique))                                     # few distinct shapes for the compiler
+        unique += [""] * (-len(unique) % 64)                                           # few distinct shapes for the compiler
         encode = lambda texts: text.trim(self.tokenizer.batch(texts, self.context), self.tokenizer.end)
         window = torch.empty(B, 0)
         if cfg.scale_jitter:
@@ -216,8 +233,15 @@ class Batches(Dataset):
             pixels = torch.cat([cut(item["image"][None], n[None], w[None]) for item, n, w in zip(items, nodes, window)])     # [B, N, 3, S, S]
         return {"pixels": pixels, "turns": turns, "nodes": nodes, "window": window, "valid": valid,
                 "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
-                "keywords": encode(unique), "real": real, "bag_of": bag_of, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g),
-                "warm": torch.tensor(i // cfg.accumulate < cfg.warm * cfg.steps)}      # CVTA still takes the keywords of a node's own caption
+                "keywords": encode(unique), "bag_of": bag_of, "word": word, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g),
+                "bag": torch.tensor([item["index"] for item in items]),
+                "free": torch.rand(valid.shape, generator=g) < self._passed(step),        # [B, N] no longer bound to the keywords of their own caption
+                "alpha": torch.tensor(cfg.alpha * min(1, step * cfg.bags / len(self.bags)))}   # over the first epoch, as ALBEF
+
+    def _passed(self, step):
+        """Share of the nodes that select keywords by similarity at this optimiser step: 0 at first, 1 at the end."""
+        cfg = self.cfg
+        return 0 if cfg.cvta_select == "own" else min(1, max(0, (step / cfg.steps - cfg.warm) / max(cfg.hand, 1e-9)))
 
     def _at(self, position):
         epoch, offset = divmod(position, len(self.bags))
@@ -243,80 +267,7 @@ class Batches(Dataset):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The objective: how the six losses hang on the networks, in the paper's order. A module, so that DDP and torch.compile
-# see one forward call a step.
-
-class Objective(nn.Module):
-    """batch (as `Batches` builds it, images already cut to patches) -> (dict of losses, dict of monitors)."""
-
-    def __init__(self, model, cfg):
-        super().__init__()
-        self.model, self.cfg = model, cfg
-
-    def forward(self, patches, batch):
-        """patches [B, N, 3, S, S], batch a dict -> ({loss: scalar}, {monitor: scalar})."""
-        model, cfg, out = self.model, self.cfg, {}
-        valid, ids = batch["valid"], batch["ids"].flatten(0, 1)                        # [B, N], [BN, T]
-        B, N = valid.shape
-        bag = torch.arange(B, device=valid.device) + losses.rank_offset(B)             # bag ids, distinct over processes
-        # Every magnification weighs the same, however many nodes it has: otherwise 40x would be three quarters of the loss.
-        sizes = losses.level_sizes(N, cfg.children)
-        weight = valid / torch.tensor([s for s in sizes for _ in range(s)], device=valid.device)       # [B, N]
-
-        # Towers: every patch, every caption and every distinct keyword once.
-        with torch.no_grad() if cfg.freeze_vision else contextlib.nullcontext():
-            tokens = model.vision(patches.flatten(0, 1))                               # [BN, 1 + P, Dv]
-        v = model.project(tokens)                                                      # [BN, d]
-        captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
-        t = F.normalize(pooled.float(), dim=-1)
-        if cfg.cvta or cfg.mrtva:
-            words = model.encode_text(batch["keywords"])                               # [U, d]
-            w = words[batch["bag_of"]]                                                 # [B, K, d]
-        tau_itc, tau_cvta = (-model.itc_scale).exp(), (-model.cvta_scale).exp()
-
-        if cfg.itc:
-            out["itc"] = losses.itc(v, t, bag.repeat_interleave(N), tau_itc, weight.flatten(), cfg.kin)
-        visual = model.visual_tokens(tokens) if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva else None     # [BN, V, D] shared by all passes
-
-        # Caption losses on M = B * pairs patches.
-        row = batch["pairs"]                                                           # [M] numbers into BN
-        image, caption, word = (visual[row], captions[row], ids[row]) if visual is not None else (None,) * 3
-        real, ok = networks.text_valid(ids[row], model.text.end), valid.flatten()[row]                   # [M, T], [M]
-        if cfg.itm:
-            i, j, found = losses.hard_negatives(v[row], t[row], bag.repeat_interleave(N)[row], tau_itc, ok)
-            seen = torch.cat([real, real, real[j]])                                    # [3M, T]
-            fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]), seen,
-                                         at=seen.sum(1) - 1)                           # [3M, D] read at the end id
-            out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)       # [M, 2] each
-        if cfg.mlm:
-            special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
-            masked, labels = losses.corrupt(word, real & ok[:, None], special[2], special, model.lm_bias.numel())
-            out["mlm"] = losses.mlm(model.lm_logits(model.fuse_with_text(image, model.text(masked)[0], real)), labels)
-        if cfg.plm:
-            prefix = losses.split_prefix(real)
-            out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), word, prefix, real, ok)
-
-        monitors = {"tau": tau_itc.detach()}
-        if not (cfg.cvta or cfg.mrtva):
-            return out, monitors
-
-        # The paper's own: one selection of keywords serves CVTA and E_mm.
-        v = v.view(B, N, -1)
-        index, chosen = losses.select_keywords(v, w, cfg.k_o, batch["w_valid"], batch["own"] | ~batch["warm"])    # [B, N, k_o]
-        if cfg.cvta:
-            if cfg.negatives == "bag":
-                out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen))
-            else:  # one bag of B N patches and all U keywords: the same positives, more negatives, no keyword twice
-                at = batch["bag_of"].gather(1, index.flatten(1)).view(1, B * N, -1)                      # [1, BN, k_o] into U
-                out["cvta"] = losses.cvta(v.flatten(0, 1)[None], words[None], cfg.k_o, tau_cvta, weight.view(1, -1), batch["real"][None], (at, chosen.view(1, B * N, -1)))
-        if cfg.mrtva:
-            picked = w.gather(1, index.flatten(1)[..., None].expand(-1, -1, w.shape[-1]))                # [B, N k_o, d]
-            z = model.fuse_with_keywords(visual, picked.view(B * N, cfg.k_o, -1), chosen.flatten(0, 1))  # [BN, D]
-            h, g = (x.view(B, N, -1) for x in model.heads(z, valid.flatten()))
-            out["mrtva"] = losses.mrtva(h, g.detach(), valid, cfg.children)            # stop-gradient on the target [1, SimSiam]
-            monitors.update(losses.monitors(g, valid, index, chosen, batch["own"], batch["w_valid"]))
-        return out, monitors
-
+# Optimiser, weights, checkpoints
 
 def learning_rate(step, cfg):
     """Linear warm-up, then a cosine from lr to lr / 100 at the last step."""
@@ -329,7 +280,7 @@ def learning_rate(step, cfg):
 def mark_lengths(batch):
     """Tell the compiler which sizes of a batch vary: captions and keywords are as long as their longest, keywords as many as there are.
     All others are fixed, so that one graph serves every step."""
-    for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1), ("real", 0)):
+    for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1)):
         torch._dynamo.mark_dynamic(batch[name], axis)
 
 
@@ -402,10 +353,10 @@ def learn_words(model, bags, tokenizer, cfg, context):
     model.zero_grad()  # of all, for the next words reach more than they train
 
 
-def save_checkpoint(folder, model, optimizer, step, cfg):
+def save_checkpoint(folder, objective, optimizer, step, cfg):
     """ckpt.pt (and the one before it as ckpt_prev.pt): each appears whole or not at all."""
     new, old = Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": dataclasses.asdict(cfg)}, f"{new}.tmp")
+    torch.save({"model": objective.model.state_dict(), "memory": objective.memory(), "optimizer": optimizer.state_dict(), "step": step, "config": dataclasses.asdict(cfg)}, f"{new}.tmp")
     if new.exists():
         os.replace(new, old)
     os.replace(f"{new}.tmp", new)
@@ -497,7 +448,6 @@ def main(argv):
     optimizer = make_optimizer(model, cfg, device)
     state, step = load_checkpoint(run, cfg, device), 0
     if state:
-        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         say(f"continuing {run} at step {step} of {cfg.steps}")
@@ -506,10 +456,13 @@ def main(argv):
             learn_words(model, bags, tokenizer, cfg, context)
         if rank == 0:
             (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
+    objective = losses.Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
+    if state:
+        objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None,
+        # No broadcast of buffers: every process computes the same queues and batch statistics.
+        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, broadcast_buffers=False,
                                           find_unused_parameters=not all(getattr(cfg, k) for k in LOSSES))
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -532,7 +485,7 @@ def main(argv):
     if rank == 0:
         log.write(json.dumps({"started": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "world": world, **versions(), "config": dataclasses.asdict(cfg)}) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
-    sums, waited, since, start = {}, 0.0, time.time(), step
+    sums, waited, since, start, warned = {}, 0.0, time.time(), step, set()
     while step < cfg.steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg) * group["factor"]
@@ -558,9 +511,10 @@ def main(argv):
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():  # tau in [0.01, 0.5]: below, ITC stops listening to the data
+        with torch.no_grad():
             for scale in (model.itc_scale, model.cvta_scale):
-                scale.clamp_(math.log(2), math.log(100))
+                scale.clamp_(-math.log(losses.TAU[1]), -math.log(losses.TAU[0]))
+        objective.follow()
         step += 1
         bar.update()
         for name, x in {"loss": loss, **parts, **monitors, "grad": norm}.items():
@@ -580,13 +534,17 @@ def main(argv):
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 bar.set_postfix_str(f"{speed:.1f} bags/s")
+                for name, warning in losses.warnings({**mean, "epoch": step * cfg.bags / len(bags)}).items():
+                    if name not in warned and step > cfg.warmup:  # before that all is random
+                        warned.add(name)
+                        say(f"warning at step {step}: {warning}")
                 say(f"step {step:5d} | loss {row['loss']:7.3f} | " + " ".join(f"{k} {mean[k]:.3f}" for k in parts)
                     + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors)
                     + f" | lr {row['lr']:.1e} | {speed:.1f} bags/s | wait {row['wait']:.0%} | ETA {timedelta(seconds=int((cfg.steps - step) * cfg.bags / speed))}")
             sums, waited, since, start = {}, 0.0, time.time(), step
         halt = stop.item() > 0 and (world == 1 or step % cfg.log_every == 0)  # all ranks must agree to leave
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
-            save_checkpoint(run, model, optimizer, step, cfg)
+            save_checkpoint(run, objective, optimizer, step, cfg)
         if halt:
             bar.close()
             say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")

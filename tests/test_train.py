@@ -95,11 +95,11 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
     tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
     batch = train.Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)[0]
     patches = batch["pixels"]  # the CPU loader has cut them
-    parts, _ = train.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch)
+    parts, _ = losses.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch)
     assert set(parts) == {"itc", "itm", "mlm", "plm", "mrtva"}
     cfg = train.parse(["--bags", "4"])
     model = train.build_model(cfg, tokenizer)
-    parts, monitors = train.Objective(model, cfg)(patches, batch)
+    parts, monitors = losses.Objective(model, cfg)(patches, batch)
     sum(parts.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     # an untrained model stands at chance: ln V, and for ITC ln M plus half the variance of its logits, 1 / (d tau^2) for random unit vectors
@@ -109,16 +109,16 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
 
 
 def test_the_objective_compiles_whole_and_once(world):
-    cfg = train.parse(["--bags", "4", "--steps", "8", "--warm", "0.5", "--keywords", "40"])
+    cfg = train.parse(["--bags", "4", "--steps", "8", "--warm", "0.4", "--hand", "0.4", "--keywords", "40"])
     bags = train.data.BagDataset(world / "train")
     tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
-    batches, objective = train.Batches(bags, tokenizer, cfg, 64), train.Objective(train.build_model(cfg, tokenizer), cfg)
+    batches, objective = train.Batches(bags, tokenizer, cfg, 64), losses.Objective(train.build_model(cfg, tokenizer), cfg)
     counted = CompileCounterWithBackend("eager")
     compiled, shapes = torch.compile(objective, dynamic=False, fullgraph=True, backend=counted), set()
     for i in range(8):
         batch = batches[i]
         train.mark_lengths(batch)
-        shapes.add((batch["ids"].shape[2], *batch["keywords"].shape, bool(batch["warm"])))
+        shapes.add((batch["ids"].shape[2], *batch["keywords"].shape))
         torch.manual_seed(i)
         (parts, _) = compiled(batch["pixels"], batch)
         if i in (0, 7):                                                                # on both sides of the hand-over
@@ -137,7 +137,7 @@ def test_a_frozen_tower_enters_neither_optimiser_nor_buckets(world, tmp_path):
     assert held == {id(p) for n, p in model.named_parameters() if not n.startswith("vision.")}
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        ddp = torch.nn.parallel.DistributedDataParallel(train.Objective(model, cfg))
+        ddp = torch.nn.parallel.DistributedDataParallel(losses.Objective(model, cfg))
         buckets = ddp._get_ddp_logging_data()["bucket_sizes"]                  # bytes, "a, b, ..."
         assert sum(map(int, str(buckets).split(","))) == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     finally:
