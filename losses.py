@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import text_valid
+from model import full, text_valid
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,11 +78,6 @@ def all_mean(x):
     x = x.detach().clone()
     dist.all_reduce(x)
     return x / world_size()
-
-
-def full(x):
-    """x in fp32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def unit(x):
@@ -423,9 +418,9 @@ class Objective(nn.Module):
             spared = [model.heads, model.itm_head, model.fuse_keyword] + [model.vision] * cfg.freeze_vision
             self.slow = slow_copy(model, spared + ([] if words else [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln]))
         if cfg.itc and cfg.queue:
-            d, device = len(model.proj.weight), model.proj.weight.device
-            self.register_buffer("queue_v", torch.zeros(cfg.queue, d, device=device))
-            self.register_buffer("queue_t", torch.zeros(cfg.queue, d, device=device))
+            d, device = model.proj.out_features, model.proj.weight.device
+            self.register_buffer("queue_v", model.proj.weight.new_zeros(cfg.queue, d))
+            self.register_buffer("queue_t", model.proj.weight.new_zeros(cfg.queue, d))
             self.register_buffer("queue_bag", torch.full((cfg.queue,), -1, device=device))
             self.register_buffer("queue_at", torch.zeros((), dtype=torch.long, device=device))
 

@@ -204,6 +204,11 @@ class TextTower(nn.Module):
         return x, self.proj(x[torch.arange(len(x), device=x.device), end])
 
 
+def full(x):
+    """x in fp32 at least: under autocast networks answer in bf16, a test may ask for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def text_valid(ids, end):
     """Real positions, the end id included: ids [N, T] -> bool [N, T]."""
     return (ids == end).int().cumsum(1) - (ids == end).int() == 0
@@ -224,8 +229,8 @@ class BatchNorm(nn.Module):
 
     def forward(self, x, valid):
         """x [M, D], valid bool [M] -> [M, D] (rows that are not valid are normalised too, but do not count)."""
-        x = x.float()
-        w = valid.float().unsqueeze(1)                                                 # [M, 1]
+        x = full(x)
+        w = valid.to(x.dtype).unsqueeze(1)                                                # [M, 1]
         total = torch.cat([(x * w).sum(0), w.sum().view(1)])                           # [D + 1] sum, count
         total = _all_sum(total)
         count = total[-1].clamp(min=1)
@@ -261,16 +266,16 @@ class StemNorm(nn.BatchNorm2d):
         """x [N, D, h, w] -> the same."""
         if not self.training or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        full, world = x.float(), dist.get_world_size()
-        mean = _all_sum(full.mean((0, 2, 3))) / world                                  # [D]
-        var = _all_sum((full - mean[:, None, None]).square().mean((0, 2, 3))) / world
+        y, world = full(x), dist.get_world_size()
+        mean = _all_sum(y.mean((0, 2, 3))) / world                                     # [D]
+        var = _all_sum((y - mean[:, None, None]).square().mean((0, 2, 3))) / world
         with torch.no_grad():
             n = world * x.numel() / x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return (full * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+        return (y * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
 class Heads(nn.Module):
@@ -337,7 +342,7 @@ class MRPLIP(nn.Module):
 
     def project(self, tokens):
         """Vision tokens [N, 1 + P, Dv] -> v [N, d], L2-normalised."""
-        return F.normalize(self.proj(tokens[:, 0].to(self.proj.weight.dtype)).float(), dim=-1)
+        return F.normalize(full(self.proj(tokens[:, 0].to(self.proj.weight.dtype))), dim=-1)
 
     def encode_image(self, images):
         """images [N, 3, S, S] in [0, 1] -> [N, d], L2-normalised: what zero-shot and retrieval compare."""
@@ -345,7 +350,7 @@ class MRPLIP(nn.Module):
 
     def encode_text(self, ids):
         """ids [N, T] -> [N, d], L2-normalised."""
-        return F.normalize(self.text(ids)[1].float(), dim=-1)
+        return F.normalize(full(self.text(ids)[1]), dim=-1)
 
     def visual_tokens(self, tokens):
         """What the fusion reads of an image: vision tokens [N, 1 + P, Dv] -> [N, 1 + pool^2, D] (pool = 0: all patch tokens).

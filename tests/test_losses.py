@@ -1,11 +1,7 @@
-"""pytest tests/test_losses.py — hand-computed cases, an independent NumPy transcription of the formulas, and two processes
-against one."""
-import json
+"""pytest tests/test_losses.py — every loss by hand, against a transcription of its formula in NumPy with loops (float64), and its
+gradient against finite differences. How the losses hang together is in test_objective.py."""
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections import deque
 
 import numpy as np
 import pytest
@@ -14,8 +10,6 @@ import torch.nn.functional as F
 
 import losses
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
@@ -23,34 +17,89 @@ def unit(*shape, seed=0):
 
 # ---- CVTA -------------------------------------------------------------------------------------------------------------
 
-def cvta_numpy(v, w, k_o, tau, v_valid, w_valid, own=None):
+def cvta_numpy(v, w, k_o, tau, v_valid, w_valid, own=None, near=None, word=None):
     """The equation of section 3.2, with loops."""
+    cos = lambda x, y: x @ y / (np.linalg.norm(x) * np.linalg.norm(y))
     total, weight = 0.0, 0.0
     for b in range(len(v)):
+        listed = [k for k in range(w.shape[1]) if w_valid[b, k]]
+        others = [(b, k) for k in listed]
+        if word is not None:  # one of each keyword of the batch; of those of this bag this bag's
+            seen = {word[b, k] for k in listed}
+            for i in range(len(w)):
+                for k in range(w.shape[1]):
+                    if w_valid[i, k] and word[i, k] not in seen:
+                        seen.add(word[i, k])
+                        others.append((i, k))
         for a in range(v.shape[1]):
-            s = np.array([v[b, a] @ w[b, k] / (np.linalg.norm(v[b, a]) * np.linalg.norm(w[b, k])) for k in range(w.shape[1])])
-            real = [k for k in range(w.shape[1]) if w_valid[b, k]]
-            allowed = [k for k in real if own is None or own[b, a, k]]
-            positives = sorted(allowed, key=lambda k: (-s[k], k))[:k_o]
+            allowed = [k for k in listed if own is None or own[b, a, k]]
+            positives = sorted(allowed, key=lambda k: (-cos(v[b, a], w[b, k]), k))[:k_o]
             if positives and v_valid[b, a]:
-                norm = np.log(sum(np.exp(s[k] / tau) for k in real))
-                total += float(v_valid[b, a]) * -np.mean([s[k] / tau - norm for k in positives])
+                kept = [(i, k) for i, k in others if i == b and k in positives
+                        or near is None or all(cos(w[i, k], w[b, p]) <= near for p in positives)]
+                norm = np.log(sum(np.exp(cos(v[b, a], w[i, k]) / tau) for i, k in kept))
+                total += float(v_valid[b, a]) * -np.mean([cos(v[b, a], w[b, p]) / tau - norm for p in positives])
                 weight += float(v_valid[b, a])
     return total / weight if weight else 0.0
 
 
+@pytest.mark.parametrize("near,batch", [(None, False), (0.5, False), (0.5, True), (None, True)])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("k_o", [1, 3, 9])
-def test_cvta_equals_numpy(k_o, own):
+def test_cvta_equals_numpy(k_o, own, near, batch):
     g = torch.Generator().manual_seed(k_o)
-    v, w = torch.randn(3, 15, 6, generator=g), torch.randn(3, 7, 6, generator=g)
-    v_valid, w_valid = torch.rand(3, 15, generator=g) < 0.7, torch.rand(3, 7, generator=g) < 0.7
+    v, w = torch.randn(3, 15, 6, generator=g, dtype=torch.float64), torch.randn(3, 7, 6, generator=g, dtype=torch.float64)
+    v_valid, w_valid = torch.rand(3, 15, generator=g, dtype=torch.float64), torch.rand(3, 7, generator=g) < 0.7
+    v_valid *= v_valid > 0.3  # weights
     w_valid[1] = False  # a bag without keywords
+    word = torch.arange(21).view(3, 7)
+    w[2, 1:3], word[2, 1:3] = w[0, 4:6], word[0, 4:6]  # two keywords in two bags
+    w_valid[0, 4:6] = w_valid[2, 1:3] = True
+    w[0, 0] = w[0, 4] + 0.1 * w[0, 1]  # near-duplicates
     mine = torch.rand(3, 15, 7, generator=g) < 0.4
     selected = losses.select_keywords(v, w, k_o, w_valid, mine if own else None)
-    got = losses.cvta(v, w, k_o, 0.07, v_valid, w_valid, selected)
-    assert got.item() == pytest.approx(cvta_numpy(v.double().numpy(), w.double().numpy(), k_o, 0.07, v_valid.numpy(), w_valid.numpy(),
-                                                  mine.numpy() if own else None), abs=1e-5)
+    got = losses.cvta(v, w, k_o, 0.07, v_valid, w_valid, selected, word if batch else None, near)
+    assert got.item() == pytest.approx(cvta_numpy(v.numpy(), w.numpy(), k_o, 0.07, v_valid.numpy(), w_valid.numpy(),
+                                                  mine.numpy() if own else None, near, word.numpy() if batch else None), abs=1e-9)
+    if near is None and not batch:  # and in the precision that training has
+        assert losses.cvta(v.float(), w.float(), k_o, 0.07, v_valid.float(), w_valid, selected).item() == pytest.approx(got.item(), rel=1e-6)
+
+
+def test_near_duplicates_are_no_negatives_but_may_be_positives():
+    w = F.normalize(torch.tensor([[[1.0, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 0, 1]]]), dim=-1)
+    v, ok = torch.tensor([[[1.0, 0, 0]]]), torch.ones(1, 4, dtype=torch.bool)
+    s = (v @ w.transpose(1, 2) / 0.5)[0, 0]
+    loss = lambda k_o, near: losses.cvta(v, w, k_o, 0.5, torch.ones(1, 1), ok, near=near).item()
+    assert loss(1, None) == pytest.approx((s.logsumexp(0) - s[0]).item(), abs=1e-6)
+    assert loss(1, 0.95) == pytest.approx((s[[0, 2, 3]].logsumexp(0) - s[0]).item(), abs=1e-6)
+    assert loss(2, 0.95) == pytest.approx((s.logsumexp(0) - s[:2].mean()).item(), abs=1e-6)
+
+
+def test_the_same_keyword_of_another_bag_is_no_negative_and_counts_once():
+    w = torch.eye(4)[None, :3].repeat(3, 1, 1)
+    w[:, 2, 2], w[0, 2, 2], w[:, 2, 3] = 0, 1, 1
+    w[0, 2, 3] = 0  # bag 0: axes 0, 1, 2; bags 1 and 2: axes 0, 1, 3
+    word = torch.tensor([[0, 1, 2], [0, 1, 3], [0, 1, 3]])
+    v, v_valid = torch.tensor([[[0.6, 0.8, 0.0, 0.0]]]).repeat(3, 1, 1), torch.tensor([[1.0], [0.0], [0.0]])
+    s = torch.tensor([0.6, 0.8, 0.0, 0.0]) / 0.5  # all four keywords, each once
+    got = losses.cvta(v, w, 1, 0.5, v_valid, torch.ones(3, 3, dtype=torch.bool), word=word)
+    assert got.item() == pytest.approx((s.logsumexp(0) - s[1]).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("inputs", ["bf16", "autocast"])
+def test_losses_are_computed_in_fp32(inputs):
+    torch.manual_seed(0)
+    v, w, ok = torch.randn(2, 4, 16).bfloat16(), torch.randn(2, 6, 16).bfloat16(), torch.ones(2, 6, dtype=torch.bool)
+    f = {"cvta": lambda v, w: losses.cvta(v, w, 2, 0.07, torch.ones(2, 4), ok),
+         "itc": lambda v, w: losses.itc(v.flatten(0, 1), w[:, :4].flatten(0, 1), torch.arange(8), 0.07, torch.ones(8), slow=(w[:, :4].flatten(0, 1), v.flatten(0, 1)), alpha=0.4),
+         "mrtva": lambda v, w: losses.mrtva(v, w[:, :4], torch.ones(2, 4, dtype=torch.bool), 1)}
+    for name, loss in f.items():
+        expected = loss(v.double(), w.double()).item()
+        if inputs == "bf16":
+            assert loss(v, w).item() == pytest.approx(expected, rel=1e-5), name
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                assert loss(v.float(), w.float()).item() == pytest.approx(expected, rel=1e-5), name
 
 
 def test_cvta_is_log_k_at_equal_logits_and_never_below_log_k_o():
@@ -115,6 +164,39 @@ def test_mrtva_equals_loops_over_the_tree(b, N, pairs):
     assert losses.mrtva(h, t, valid, b, pairs).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_levels_compare_the_mean_of_each_magnification():
+    h, g = torch.randn(1, 7, 5, dtype=torch.float64), torch.randn(1, 7, 5, dtype=torch.float64)
+    valid = torch.tensor([[True, True, False, True, False, True, True]])
+    pool = lambda x: [F.normalize(F.normalize(x[0, [n for n in nodes if valid[0, n]]], dim=-1).sum(0), dim=0) for nodes in ((0,), (1, 2), (3, 4, 5, 6))]
+    p, q = pool(h), pool(g)
+    expected = np.mean([-(p[i] @ q[j] + p[j] @ q[i]).item() / 2 for i, j in ((0, 1), (0, 2), (1, 2))])
+    assert losses.mrtva(h, g, valid, 2, "levels").item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_random_pairs_are_of_the_right_magnification_and_another_bag():
+    level = torch.tensor([0] + [1] * 2 + [2] * 4)
+    h = F.one_hot(level + 3 * torch.arange(3)[:, None], 9).double()  # a direction for each magnification of each bag
+    g = torch.zeros(3, 7, 9, dtype=torch.double)
+    for i in range(3):  # a target that agrees with the parents' magnification in the two other bags, and with nothing else
+        for n in range(7):
+            if level[n]:
+                g[i, n] = sum(F.one_hot(level[n] - 1 + 3 * torch.tensor(j), 9) for j in range(3) if j != i)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert losses.mrtva(h, g, torch.ones(3, 7), 2, "random").item() == pytest.approx(-0.5 / math.sqrt(2), abs=1e-9)
+    h.requires_grad_()
+    losses.mrtva(h[:1], g[:1], torch.ones(1, 7), 2, "random").backward()  # one bag alone pairs with itself
+    with pytest.raises(ValueError, match="edges, ancestors, levels, random"):
+        losses.mrtva(h, g, torch.ones(3, 7), 2, "cousins")
+
+
+@pytest.mark.parametrize("pairs", ["edges", "ancestors", "levels"])
+def test_parent_and_child_may_change_places(pairs):
+    h, g, valid = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.rand(3, 4) < 0.8
+    turned = [x.flip(1) for x in (h, g, valid)]  # a chain read from its other end has the same edges
+    assert losses.mrtva(h, g, valid, 1, pairs).item() == pytest.approx(losses.mrtva(*turned, 1, pairs).item(), abs=1e-6)
+
+
 def test_mrtva_is_minus_one_when_all_agree_and_ignores_a_missing_level():
     h = torch.randn(1, 1, 8).expand(2, 85, 8)
     valid = torch.ones(2, 85, dtype=torch.bool)
@@ -138,6 +220,49 @@ def test_itc_without_kin_is_clip():
     logits, own = v @ t.T / 0.1, torch.arange(6)
     clip = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     assert losses.itc(v, t, own, 0.1, torch.ones(6), kin=0.1).item() == pytest.approx(clip.item(), abs=1e-6)
+
+
+def itc_numpy(v, t, bag, tau, weight, kin, slow=None, queue=None, alpha=0.0):
+    """Soft cross-entropy over the columns, row by row."""
+    total = 0.0
+    slow_v, slow_t = slow if slow is not None else (v, t)
+    for a, b, opinion, old in ((v, slow_t, slow_v, 1), (t, slow_v, slow_t, 0)):
+        columns = [(j, b[j], bag[j]) for j in range(len(b)) if weight[j] > 0]
+        if queue is not None:
+            columns += [(-1, queue[old][j], queue[2][j]) for j in range(len(queue[2])) if queue[2][j] >= 0]
+        for i in range(len(a)):
+            if weight[i] > 0:
+                p = np.exp([a[i] @ c / tau for _, c, _ in columns])
+                q = np.exp([opinion[i] @ c / tau for _, c, _ in columns])
+                kindred = np.array([k == bag[i] for _, _, k in columns], float)
+                target = (1 - kin) * np.array([j == i for j, _, _ in columns], float) + kin * kindred / kindred.sum()
+                total += weight[i] / 2 * -(((1 - alpha) * target + alpha * q / q.sum()) * np.log(p / p.sum())).sum()
+    return total / weight.sum()
+
+
+@pytest.mark.parametrize("kin", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("slow", [False, True])
+def test_itc_equals_numpy(kin, queued, slow):
+    v, t, slow_v, slow_t, old_v, old_t = (unit(9, 6, seed=i) for i in range(6))
+    bag, old = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3]), torch.tensor([3, -1, 0, 7, 8, -1, 1, 9, 1])  # kin of an earlier epoch among them
+    weight = torch.tensor([1, 0.5, 1, 0, 2, 1, 1, 0, 1], dtype=torch.float64)
+    moving, queue = (slow_v, slow_t) if slow else None, (old_v, old_t, old) if queued else None
+    alpha = torch.tensor(0.3) if slow else None
+    got = losses.itc(v, t, bag, 0.2, weight, kin, moving, queue, alpha)
+    array = lambda xs: xs and tuple(x.numpy() for x in xs)
+    assert got.item() == pytest.approx(itc_numpy(v.numpy(), t.numpy(), bag.numpy(), 0.2, weight.numpy(), kin, array(moving), array(queue), 0.3 if slow else 0.0), abs=1e-7)
+
+
+def test_the_queue_is_a_ring_of_any_size():
+    for size, n in ((7, 3), (4, 4), (5, 12)):
+        queue, at, expected = torch.full((size,), -1), torch.tensor(0), deque(maxlen=size)
+        for step in range(9):
+            rows = torch.arange(n) + n * step
+            losses.enqueue(queue, at, rows)
+            at = (at + n) % size
+            expected.extend(rows.tolist())
+            assert sorted(queue[queue >= 0].tolist()) == sorted(expected)
 
 
 def test_itc_by_hand_with_kin_and_a_masked_row():
@@ -201,6 +326,20 @@ def test_mlm_and_plm_ask_the_right_positions():
     assert losses.mlm(torch.zeros(1, 6, V), labels).item() == pytest.approx(math.log(V), abs=1e-6)
 
 
+def test_soft_labels_equal_numpy():
+    g = torch.Generator().manual_seed(0)
+    logits, slow = (torch.randn(3, 5, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    ids, real = torch.randint(0, 7, (3, 5), generator=g), torch.arange(5) < torch.tensor([[5], [3], [4]])
+    valid, prefix, alpha = torch.tensor([True, True, False]), torch.tensor([1, 2, 1]), 0.4
+    softmax = lambda x: np.exp(x) / np.exp(x).sum()
+    row = lambda m, t, label: -(((1 - alpha) * np.eye(7)[label] + alpha * softmax(slow[m, t].numpy())) * np.log(softmax(logits[m, t].numpy()))).sum()
+    labels = torch.where(torch.rand(3, 5, generator=g) < 0.5, ids, -100)
+    asked = [(m, t) for m in range(3) for t in range(5) if labels[m, t] != -100]
+    assert losses.mlm(logits, labels, slow, alpha).item() == pytest.approx(np.mean([row(m, t, labels[m, t]) for m, t in asked]), abs=1e-9)
+    asked = [(m, t) for m in range(3) for t in range(5) if valid[m] and t >= prefix[m] and real[m, t]]
+    assert losses.plm(logits, ids, prefix, real, valid, slow, alpha).item() == pytest.approx(np.mean([row(m, t - 1, ids[m, t]) for m, t in asked]), abs=1e-9)
+
+
 def test_prefix_always_leaves_something_to_predict():
     real = torch.arange(12)[None, :] < torch.randint(2, 12, (500, 1), generator=torch.Generator().manual_seed(0))
     prefix = losses.split_prefix(real, torch.Generator().manual_seed(1))
@@ -209,65 +348,60 @@ def test_prefix_always_leaves_something_to_predict():
 
 # ---- gradients, monitors, processes -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["cvta", "mrtva", "itc"])
-def test_gradients_against_finite_differences(name):
+def test_gradients_against_finite_differences():
     torch.manual_seed(0)
-    x = torch.randn(2, 4, 5)
-    w, ok = torch.randn(2, 6, 5), torch.ones(2, 6, dtype=torch.bool)
-    fixed = losses.select_keywords(x, w, 2, ok)
-    f = {"cvta": lambda x: losses.cvta(x, w, 2, 0.5, torch.ones(2, 4), ok, fixed),
-         "mrtva": lambda x: losses.mrtva(x, w[:, :4], torch.ones(2, 4, dtype=torch.bool), 1),
-         "itc": lambda x: losses.itc(F.normalize(x.flatten(0, 1), dim=-1), F.normalize(w[:, :4].flatten(0, 1), dim=-1), torch.arange(8) // 4, 0.5, torch.ones(8))}[name]
-    x.requires_grad_()
-    f(x).backward()
-    step = torch.zeros_like(x)
-    step[1, 2, 3] = 1e-2
-    with torch.no_grad():
-        numeric = (f(x + step) - f(x - step)) / 2e-2
-    assert x.grad[1, 2, 3].item() == pytest.approx(numeric.item(), abs=2e-3)
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    w, ok, valid = torch.randn(2, 6, 5, dtype=torch.float64), torch.rand(2, 6) < 0.8, torch.rand(2, 7) < 0.8
+    ids, real, tau = torch.randint(0, 5, (2, 7)), torch.arange(7) < torch.tensor([[7], [5]]), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    selected, labels, bag = losses.select_keywords(x, w, 2, ok), torch.where(torch.rand(2, 7) < 0.5, ids, -100), torch.arange(14) // 7
+    rows, columns, slow = (lambda x: F.normalize(x.flatten(0, 1), dim=-1)), unit(14, 5), x.flip(0)
+    for name, f in {
+        "cvta": lambda x, tau: losses.cvta(x, w, 2, tau, valid, ok, selected, torch.arange(12).view(2, 6), 0.9),
+        "cvta of keywords": lambda x, tau: losses.cvta(w, x[:, :6], 2, tau, ok, valid[:, :6], selected=(torch.randint(0, 6, (2, 6, 2), generator=torch.Generator().manual_seed(1)), ok[..., None].expand(2, 6, 2))),
+        **{f"mrtva {pairs}": lambda x, tau, pairs=pairs: losses.mrtva(x, columns.view(2, 7, 5), valid, 2, pairs) * tau for pairs in ("edges", "ancestors", "levels")},
+        "itc": lambda x, tau: losses.itc(rows(x), columns, bag, 0.5, valid.flatten(), slow=(columns.flip(0), columns), queue=(columns, columns, bag), alpha=0.3) * tau,  # its targets stand still
+        "itc with a queue": lambda x, tau: losses.itc(rows(x), columns, bag, tau, valid.flatten(), slow=(columns.flip(0), columns), queue=(columns, columns, bag)),
+        "itc in the batch": lambda x, tau: losses.itc(rows(x), columns, bag, tau, valid.flatten()),
+        "itm": lambda x, tau: losses.itm(*(x.flatten(0, 1)[:12, :2].chunk(3)), valid.flatten()[:4]) * tau,
+        "mlm": lambda x, tau: losses.mlm(x, labels, slow, 0.4) * tau,
+        "plm": lambda x, tau: losses.plm(x, ids, torch.tensor([1, 2]), real, torch.ones(2), slow, 0.4) * tau,
+    }.items():
+        assert torch.autograd.gradcheck(f, (x.clone().requires_grad_(), tau), atol=1e-7), name
 
 
 def test_monitors_tell_collapse_from_health():
     args = (torch.ones(4, 15, dtype=torch.bool), torch.zeros(4, 15, 2, dtype=torch.long), torch.ones(4, 15, 2, dtype=torch.bool),
             torch.zeros(4, 15, 8, dtype=torch.bool), torch.ones(4, 8, dtype=torch.bool))
-    assert losses.monitors(torch.randn(4, 15, 256), *args)["std"] > 0.9
+    healthy = losses.monitors(torch.randn(4, 15, 256), *args)
+    assert healthy["std"] > 0.9 and healthy["rank"] > 30
     collapsed = losses.monitors(torch.randn(1, 1, 256).expand(4, 15, 256), *args)
-    assert collapsed["std"] < 1e-3 and collapsed["used"].item() == pytest.approx(1 / 8) and collapsed["own"] == 0
+    assert collapsed["std"] < 1e-3 and collapsed["used"].item() == pytest.approx(1 / 8) and collapsed["own"] == 0 and collapsed["spread"] == 0
+    line = losses.monitors(torch.randn(4, 15, 1) * torch.randn(256), *args)  # two points, v and -v: one direction
+    assert line["rank"].item() == pytest.approx(1, abs=1e-3)
 
 
-TWO = """
-import sys; sys.path.insert(0, {root!r})
-import torch, torch.distributed as dist, torch.nn.functional as F
-import losses, model
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-g = torch.Generator().manual_seed(0)
-v, t = (F.normalize(torch.randn(8, 6, generator=g), dim=-1) for _ in range(2))
-weight = torch.tensor([1, 0, 1, .5, 1, 1, 0, 1.]); bag = torch.arange(8) // 2
-h, z = (torch.randn(4, 15, 6, generator=g) for _ in range(2)); valid = torch.rand(4, 15, generator=g) < .7
-norm = model.BatchNorm(6, affine=False)
-part = lambda x: x.chunk(world)[rank] if world > 1 else x
-v, h = part(v).clone().requires_grad_(), part(h).clone().requires_grad_()
-n = norm(h.flatten(0, 1), part(valid).flatten()).view_as(h)
-loss = losses.itc(v, part(t), part(bag), 0.2, part(weight)) + losses.mrtva(n, part(z), part(valid), 2)
-(loss / world).backward()   # what DDP's averaging does
-total = loss.detach().clone(); dist.all_reduce(total)
-both = torch.cat(list(losses.gather(torch.cat([v.grad.flatten(), h.grad.flatten()])).chunk(world)))
-pieces = both.view(world, -1)
-if rank == 0:
-    import json; json.dump([(total / world).item(), pieces[:, : v.numel()].sum().item(), pieces.square().sum().item()], open({out!r}, "w"))
-dist.destroy_process_group()
-"""
+def test_monitors_of_the_selection_by_hand():
+    """One bag of 2 patches and 4 keywords (one of them padding); patch 0 picks keywords 0 and 1, patch 1 keyword 1 and an empty slot."""
+    index, ok = torch.tensor([[[0, 1], [1, 0]]]), torch.tensor([[[True, True], [True, False]]])
+    own = torch.tensor([[[True, False, False, False], [False, True, True, True]]])
+    m = losses.monitors(torch.randn(1, 2, 4), torch.ones(1, 2, dtype=torch.bool), index, ok, own, torch.tensor([[True, True, True, False]]))
+    assert m["used"].item() == pytest.approx(2 / 3) and m["own"].item() == pytest.approx(2 / 3)
+    assert m["spread"].item() == pytest.approx(-(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3)) / math.log(3), abs=1e-6)
+    assert m["chance"].item() == pytest.approx((2 * 1 / 3 + 1 * 2 / 3) / 3, abs=1e-6)
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Loss and gradients of a batch do not depend on how many processes share it: gather, weighted mean and BatchNorm."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(root=str(ROOT), out=str(tmp_path / "seen.json")))
-    seen = []
-    for world in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0", "--rdzv_backend=c10d",
-                               "--rdzv_endpoint=localhost:0", str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        seen.append(json.loads((tmp_path / "seen.json").read_text()))
-    assert seen[0] == pytest.approx(seen[1], rel=1e-4, abs=1e-5)
+def test_blindness_is_the_share_of_z_that_words_alone_decide():
+    words, images = torch.randn(400, 8), torch.randn(400, 8)
+    z = lambda a: (a * words + (1 - a) * images, a * words + (1 - a) * images.roll(-1, 0))
+    ok = torch.ones(400, dtype=torch.bool)
+    assert losses.blindness(*z(1.0), ok) == 1 and losses.blindness(*z(0.0), ok) == 0
+    assert losses.blindness(*z(0.5), ok).item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_each_known_failure_has_a_warning():
+    healthy = dict(std=1.0, rank=20.0, used=0.5, spread=0.9, own=0.8, chance=0.1, blind=0.2, tau=0.07, tau_cvta=0.07, queue=1.0, epoch=2.0)
+    assert losses.warnings(healthy) == {} and losses.warnings({"tau": 0.07}) == {}
+    for name, value in dict(std=0.1, rank=1.5, spread=0.2, own=0.1, blind=0.95, tau=0.01, tau_cvta=0.5, queue=0.4).items():
+        said = losses.warnings({**healthy, name: value})
+        assert list(said) == [name] and "{" not in said[name] and "\n" not in said[name]
+    assert losses.warnings({**healthy, "queue": 0.4, "epoch": 0.5}) == {}  # it is still filling

@@ -1,0 +1,292 @@
+"""pytest tests/test_objective.py — how the losses hang together: ALBEF's arithmetic, the momentum model, what must change nothing, and
+one, two and four processes on the same batch."""
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import losses
+import model as networks
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+END, VOCAB = 41, 43  # start 40, end 41, mask 42
+
+
+def small(**vision):
+    """A model of a few thousand parameters."""
+    torch.manual_seed(0)
+    return networks.MRPLIP(VOCAB, END, dict(size=32, patch=16, width=32, depth=1, heads=2) | vision, dict(context=12, width=16, depth=1, heads=2),
+                           dict(width=16, depth=2, heads=2, pool=1), 16, (32, 16))
+
+
+def settings(**other):
+    """train.Config of a batch of four bags of 15 nodes, all losses on."""
+    return dataclasses.replace(train.Config(), bags=4, children=2, k_o=3, keywords=7, **other)
+
+
+def a_batch(B=4, N=15, K=7, seed=0):
+    """Patches [B, N, 3, 32, 32] and what goes with them, as train.Batches makes it: captions of unequal length, invalid nodes, missing
+    keywords, and one keyword in two bags."""
+    g = torch.Generator().manual_seed(seed)
+    length = torch.randint(3, 10, (B, N, 1), generator=g)                              # start and end id included
+    at = torch.arange(10)
+    ids = torch.randint(0, 40, (B, N, 10), generator=g)
+    ids = torch.where(at == 0, 40, torch.where(at < length - 1, ids, torch.where(at == length - 1, END, 0)))
+    words = torch.randint(0, 40, (B * K, 4), generator=g)
+    words[:, 0], words[:, 3] = 40, END
+    words[-K] = words[1]
+    valid = torch.rand(B, N, generator=g) < 0.8
+    valid[:, 0] = True
+    return torch.rand(B, N, 3, 32, 32, generator=g), {
+        "valid": valid, "ids": ids, "keywords": words, "bag_of": torch.arange(B * K).view(B, K),
+        "word": (words * torch.tensor([1, 41, 1681, 68921])).sum(1).view(B, K),
+        "w_valid": torch.rand(B, K, generator=g) < 0.8, "own": torch.rand(B, N, K, generator=g) < 0.4, "free": torch.rand(B, N, generator=g) < 0.5,
+        "pairs": (torch.arange(B)[:, None] * N + torch.randint(0, N, (B, 2), generator=g)).flatten(), "bag": torch.arange(B) + 5, "alpha": torch.tensor(0.4)}
+
+
+def fixed_draws(patch=setattr):
+    """MLM's masks and PLM's prefixes as functions of the caption, so that two runs may be compared row by row."""
+    def corrupt(ids, real, mask_id, special, vocab):
+        chosen = real & (ids < 40) & ((ids * 7 + torch.arange(ids.shape[1]) * 5) % 3 == 0)
+        return torch.where(chosen, mask_id, ids), torch.where(chosen, ids, -100)
+    patch(losses, "corrupt", corrupt)
+    patch(losses, "split_prefix", lambda real: 1 + real.sum(1) // 3)
+
+
+# ---- ALBEF ------------------------------------------------------------------------------------------------------------
+
+def test_albef_agrees_on_the_same_features_queues_and_alpha():
+    """The arithmetic of ALBEF's pre-training step [2], written down again with its errors mended: the soft labels of MLM go over the
+    vocabulary (not over the sequence), and a masked mean of nothing is 0."""
+    torch.manual_seed(0)
+    n, d, Q, tau, alpha, V = 6, 8, 10, 0.07, 0.4, 11
+    image, text, image_m, text_m = (F.normalize(torch.randn(n, d), dim=-1) for _ in range(4))
+    image_queue, text_queue = (F.normalize(torch.randn(d, Q), dim=0) for _ in range(2))
+    # image-text contrast
+    image_all, text_all = torch.cat([image_m.t(), image_queue], 1), torch.cat([text_m.t(), text_queue], 1)
+    sim_targets = torch.zeros(n, n + Q).fill_diagonal_(1)
+    targets_i2t = alpha * F.softmax(image_m @ text_all / tau, 1) + (1 - alpha) * sim_targets
+    targets_t2i = alpha * F.softmax(text_m @ image_all / tau, 1) + (1 - alpha) * sim_targets
+    loss_i2t = -(F.log_softmax(image @ text_all / tau, 1) * targets_i2t).sum(1).mean()
+    loss_t2i = -(F.log_softmax(text @ image_all / tau, 1) * targets_t2i).sum(1).mean()
+    got = losses.itc(image, text, torch.arange(n), tau, torch.ones(n), kin=0, slow=(image_m, text_m), queue=(image_queue.t(), text_queue.t(), torch.arange(Q) + 100), alpha=alpha)
+    assert got.item() == pytest.approx((loss_i2t + loss_t2i).item() / 2, rel=1e-6)
+    # its retrieval variant: every pair with the same id is a positive, all alike
+    ids, queue_ids = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([3, 9, 9, 1, 8, 8, 8, 7, 7, 6])
+    same = (ids[:, None] == torch.cat([ids, queue_ids])[None]).float()
+    sim_targets = same / same.sum(1, keepdim=True)
+    expected = sum(-(F.log_softmax(a @ b / tau, 1) * (alpha * F.softmax(m @ b / tau, 1) + (1 - alpha) * sim_targets)).sum(1).mean() / 2
+                   for a, b, m in ((image, text_all, image_m), (text, image_all, text_m)))
+    got = losses.itc(image, text, ids, tau, torch.ones(n), kin=1, slow=(image_m, text_m), queue=(image_queue.t(), text_queue.t(), queue_ids), alpha=alpha)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    # image-text matching: the odds of the negatives, then one positive and two negatives a sample
+    weights = F.softmax(image @ text.t() / tau, 1).fill_diagonal_(0)
+    weights = weights / weights.sum(1, keepdim=True)
+    drawn = torch.zeros(n, n)
+    for seed in range(2000):
+        drawn[torch.arange(n), losses.hard_negatives(image, text, torch.arange(n), tau, torch.ones(n), torch.Generator().manual_seed(seed))[1]] += 1
+    assert (drawn / 2000 - weights).abs().max() < 4 * 0.5 / 2000 ** 0.5
+    logits = torch.randn(3 * n, 2)
+    expected = F.cross_entropy(logits, torch.cat([torch.ones(n), torch.zeros(2 * n)]).long())
+    assert losses.itm(*logits.chunk(3), torch.ones(n)).item() == pytest.approx(expected.item(), rel=1e-6)
+    # masked language modelling with distillation
+    scores, scores_m, labels = torch.randn(n, 5, V), torch.randn(n, 5, V), torch.randint(0, V, (n, 5)).masked_fill(torch.rand(n, 5) < 0.6, -100)
+    hard = F.cross_entropy(scores.view(-1, V), labels.view(-1))
+    soft = -(F.log_softmax(scores, -1) * F.softmax(scores_m, -1)).sum(-1)[labels != -100].mean()
+    assert losses.mlm(scores, labels, scores_m, alpha).item() == pytest.approx(((1 - alpha) * hard + alpha * soft).item(), rel=1e-6)
+    assert losses.mlm(scores, torch.full_like(labels, -100), scores_m, alpha).item() == 0
+
+
+# ---- the momentum model -----------------------------------------------------------------------------------------------
+
+def test_every_distilled_module_follows_and_nothing_else_is_copied():
+    def copied(**other):
+        slow = losses.Objective(small(), settings(**other)).slow
+        return slow and {name.split(".")[0] for name, _ in slow.named_parameters() if "scale" not in name}
+    every = {name.split(".")[0] for name, _ in small().named_parameters() if "scale" not in name}
+    assert copied(alpha=0.4) == every - {"heads", "itm_head", "fuse_keyword"}
+    assert copied(alpha=0.4, freeze_vision=True) == every - {"heads", "itm_head", "fuse_keyword", "vision"}
+    towers = {"vision", "text", "proj", "kind", "lm_bias"}
+    assert copied(queue=8) == copied(cvta_select="ema") == towers
+    assert copied() is None and copied(alpha=0.4, itc=0.0, mlm=0.0, plm=0.0) is None and copied(queue=8, itc=0.0) is None
+    assert copied(cvta_select="ema", cvta=0.0, mrtva=0.0) is None
+
+    objective = losses.Objective(small(), settings(alpha=0.4, half_life=8))
+    before = {k: p.clone() for k, p in objective.slow.named_parameters()}
+    with torch.no_grad():
+        for p in objective.model.parameters():
+            p += 1
+    objective.follow()  # 4 bags, half-life 8
+    for k, p in objective.slow.named_parameters():
+        assert torch.allclose(p, before[k] + 1 - 0.5 ** 0.5, atol=1e-6), k
+    objective.follow()  # 8 bags: half the way, in whatever steps
+    assert all(torch.allclose(p, before[k] + 0.5, atol=1e-6) for k, p in objective.slow.named_parameters())
+
+
+def test_alpha_and_queue_cost_nothing_when_0():
+    patches, batch = a_batch()
+    plain, cfg = losses.Objective(small(), settings()), settings()
+    assert set(plain.state_dict()) == {f"model.{k}" for k in plain.model.state_dict()} and plain.memory() == {}
+    def flops(objective):
+        with FlopCounterMode(display=False) as count:
+            sum(objective(patches, batch)[0].values()).backward()
+        return count.get_total_flops()
+    spent = {name: flops(losses.Objective(small(), settings(**other))) for name, other in
+             dict(plain={}, queue=dict(queue=8), alpha=dict(alpha=0.4), ema=dict(cvta_select="ema")).items()}
+    assert cfg.alpha == cfg.queue == 0 and spent["plain"] < spent["queue"] < spent["alpha"] and spent["plain"] < spent["ema"] < spent["alpha"]
+
+
+def test_nothing_reaches_a_stopped_target():
+    patches, batch = a_batch()
+    objective = losses.Objective(small(), settings(alpha=0.4, queue=50, cvta_select="ema"))
+    for _ in range(2):  # the second time with a filled queue
+        parts, _ = objective(patches, batch)
+        sum(parts.values()).backward()
+    assert all(p.grad is None for p in objective.slow.parameters()) and all(p.grad is not None for p in objective.model.parameters())
+    assert not objective.queue_v.requires_grad and (objective.queue_bag >= 0).sum() > 30
+    # MRTVA's target: the gradient is that of the prediction alone, half of what both sides would give
+    x = torch.randn(4, 15, 16, requires_grad=True)
+    ok = torch.ones(4, 15, dtype=torch.bool)
+    stopped, = torch.autograd.grad(losses.mrtva(x, x.detach(), ok, 2), x)
+    through, = torch.autograd.grad(losses.mrtva(x, x, ok, 2), x)
+    assert torch.allclose(2 * stopped, through, atol=1e-7) and stopped.abs().sum() > 0
+
+
+def test_the_queue_holds_the_last_valid_patches_and_their_kin():
+    objective, seen = losses.Objective(small(), settings(queue=100)), []
+    for step in range(3):
+        patches, batch = a_batch(seed=step)
+        batch["bag"] = batch["bag"] + 10 * step
+        _, monitor = objective(patches, batch)
+        seen.append(torch.where(batch["valid"], batch["bag"][:, None], -1).flatten())
+    seen = torch.cat(seen)[-100:]
+    assert sorted(objective.queue_bag.tolist()) == sorted(seen.tolist()) and objective.queue_at == 180 % 100
+    assert monitor["queue"].item() == pytest.approx((seen >= 0).float().mean().item())
+    filled = objective.queue_bag >= 0
+    assert torch.allclose(objective.queue_v[filled].norm(dim=1), torch.ones(int(filled.sum())), atol=1e-5)
+
+
+# ---- what must change nothing -----------------------------------------------------------------------------------------
+
+def values(batch_and_patches, cfg=None, **other):
+    patches, batch = batch_and_patches
+    parts, _ = losses.Objective(small(), cfg or settings(alpha=0.4, queue=50, itm=0.0, **other))(patches, batch)  # ITM draws at random
+    return {k: x.item() for k, x in parts.items()}
+
+
+@pytest.mark.parametrize("select", ["cosine", "ema", "own"])
+@pytest.mark.parametrize("negatives", ["bag", "batch"])
+def test_padding_and_order_change_nothing(monkeypatch, select, negatives):
+    fixed_draws(monkeypatch.setattr)
+    same = dict(cvta_select=select, cvta_negatives=negatives, mrtva_pairs="ancestors")
+    patches, batch = a_batch()
+    expected = values((patches, batch), **same)
+    close = lambda patches, batch: values((patches, batch), **same) == pytest.approx(expected, rel=2e-5, abs=2e-6)
+    # what an invalid node shows and says
+    noise, out = torch.rand_like(patches), ~batch["valid"]
+    ids = batch["ids"].clone()
+    ids[out] = ids[0, 0].clone()
+    assert close(torch.where(out[..., None, None, None], noise, patches), batch | {"ids": ids})
+    # tokens and keywords that only fill up
+    blank = torch.tensor([40, END, 0, 0])
+    assert close(patches, batch | {"ids": F.pad(batch["ids"], (0, 2)), "keywords": torch.cat([batch["keywords"], blank.repeat(5, 1)]),
+                                   "bag_of": F.pad(batch["bag_of"], (0, 2)), "word": F.pad(batch["word"], (0, 2)),
+                                   "w_valid": F.pad(batch["w_valid"], (0, 2)), "own": F.pad(batch["own"], (0, 2), value=True)})
+    # the order of a bag's keywords, and of the bags
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    assert close(patches, batch | {k: batch[k][..., order] for k in ("bag_of", "word", "w_valid", "own")})
+    turned = torch.tensor([2, 0, 3, 1])
+    back = torch.argsort(turned)
+    assert close(patches[turned], batch | {k: batch[k][turned] for k in ("valid", "ids", "bag_of", "word", "w_valid", "own", "free", "bag")}
+                 | {"pairs": back[batch["pairs"] // 15] * 15 + batch["pairs"] % 15})
+    # a bag without a valid node; it has keywords, which only "batch" would contrast with
+    more, extra = a_batch(B=1, seed=9)
+    assert close(torch.cat([patches, more]), {k: torch.cat([batch[k], extra[k]]) for k in ("ids", "own", "free")} | {
+        "valid": torch.cat([batch["valid"], extra["valid"] & False]), "w_valid": torch.cat([batch["w_valid"], extra["w_valid"] & (negatives == "bag")]),
+        "keywords": torch.cat([batch["keywords"], extra["keywords"]]), "bag_of": torch.cat([batch["bag_of"], extra["bag_of"] + 28]),
+        "word": torch.cat([batch["word"], extra["word"]]), "bag": torch.cat([batch["bag"], torch.tensor([99])]), "pairs": batch["pairs"], "alpha": batch["alpha"]})
+
+
+def test_one_bag_and_no_keywords_still_train():
+    patches, batch = a_batch(B=1)
+    for other in ({}, {"w_valid": batch["w_valid"] & False}, {"valid": batch["valid"] & False}):
+        for pairs in losses.PAIRS:
+            objective = losses.Objective(small(), settings(alpha=0.4, queue=7, mrtva_pairs=pairs))
+            parts, monitor = objective(patches, batch | other)
+            sum(parts.values()).backward()
+            assert all(x.isfinite() for x in (*parts.values(), *monitor.values())), (other, pairs)
+            assert all(p.grad is None or p.grad.isfinite().all() for p in objective.model.parameters())
+            assert parts["itm"].item() == 0 and (parts["cvta"].item() == 0) == ("w_valid" in other or "valid" in other)
+
+
+def test_nodes_hand_over_one_by_one():
+    batches = train.Batches.__new__(train.Batches)
+    batches.cfg = train.Config(steps=100, warm=0.6, hand=0.2)
+    assert [round(batches._passed(step), 6) for step in (0, 59, 60, 65, 70, 80, 99)] == [0, 0, 0, 0.25, 0.5, 1, 1]
+    batches.cfg = dataclasses.replace(batches.cfg, hand=0.0)
+    assert [batches._passed(step) for step in (59, 60, 61)] == [0, 0, 1]
+    batches.cfg = dataclasses.replace(batches.cfg, cvta_select="own")
+    assert batches._passed(99) == 0
+
+
+# ---- many processes ---------------------------------------------------------------------------------------------------
+
+MANY = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, torch.distributed as dist
+import losses, test_objective as t
+torch.set_num_threads(1)
+out, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + out + "/group" + str(world), rank=rank, world_size=world)
+t.fixed_draws()
+for name, other in t.VARIANTS.items():
+    objective = losses.Objective(t.small(stem="conv").double(), t.settings(alpha=0.4, queue=97, itm=0.0, **other))
+    ddp = torch.nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.05)
+    seen, n = [], 4 // world
+    for step in range(3):
+        patches, batch = t.a_batch(seed=step)
+        mine = slice(rank * n, (rank + 1) * n)
+        part = {{k: x[mine] for k, x in batch.items() if k not in ("alpha", "pairs")}} | {{"alpha": batch["alpha"]}}
+        part["keywords"], part["bag_of"] = batch["keywords"][part["bag_of"]].flatten(0, 1), torch.arange(n * 7).view(n, 7)
+        part["pairs"] = batch["pairs"][2 * rank * n : 2 * (rank + 1) * n] - 15 * rank * n
+        parts, _ = ddp(patches[mine].double(), part)  # double, so that what differs is not rounding
+        optimizer.zero_grad()
+        sum(parts.values()).backward()
+        mean = losses.all_mean(torch.stack([x.detach() for x in parts.values()]))
+        seen.append((dict(zip(parts, mean.tolist())), {{k: p.grad.clone() for k, p in objective.model.named_parameters() if p.grad is not None}}))
+        optimizer.step()
+        objective.follow()
+    memory = {{k: x for k, x in objective.state_dict().items() if x.is_floating_point() or "queue" in k}}
+    every = losses.gather(torch.cat([x.double().flatten() for x in memory.values()])[None])
+    assert (every == every[0]).all(), "ranks differ"
+    if rank == 0:
+        torch.save((seen, memory), out + f"/{{name}}-{{world}}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+VARIANTS = {"batch": dict(cvta_negatives="batch", cvta_select="ema", mrtva_pairs="ancestors"), "bag": dict(cvta_negatives="bag", mrtva_pairs="levels")}
+
+
+def test_any_number_of_processes_computes_the_same(tmp_path):
+    """Losses, every parameter's gradient, momentum model, queues and batch statistics, over three steps of one, two and four processes.
+    (ITM is not among them: its negatives are drawn, from the process's own patches.)"""
+    script = tmp_path / "many.py"
+    script.write_text(MANY.format(root=str(ROOT)))
+    running = [subprocess.Popen([sys.executable, str(script), str(tmp_path), str(rank), str(world)], stderr=subprocess.PIPE, text=True)
+               for world in (1, 2, 4) for rank in range(world)]
+    assert [p.communicate()[1] * (p.returncode != 0) for p in running] == [""] * 7
+    for name in VARIANTS:
+        (one, memory), *others = (torch.load(tmp_path / f"{name}-{world}.pt", weights_only=True) for world in (1, 2, 4))
+        for many, theirs in others:
+            for step, ((expected, grads), (got, other)) in enumerate(zip(one, many)):
+                assert got == pytest.approx(expected, rel=1e-7), (name, step)
+                assert set(grads) == set(other) and len(grads) > 60
+                assert not [k for k, x in grads.items() if (x - other[k]).norm() > 1e-6 * x.norm() + 1e-12], (name, step)
+            assert not [k for k, x in memory.items() if not torch.allclose(x.double(), theirs[k].double(), atol=1e-8)], name
