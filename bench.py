@@ -1,7 +1,7 @@
 """What each stage costs, beside its limit or beside a peer, measured in the same run and given as ratios.
 
     python bench.py                    # every stage, about two minutes on two CPU cores
-    python bench.py data step          # only these
+    python bench.py data losses        # only these
     python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
 
     data    a bag from a slide and from a shard, beside decoding the same JPEG bytes         (limit) and OpenSlide (peer)
@@ -9,7 +9,7 @@
     model   ViT-B/16 and CLIP's text tower, beside timm and open_clip (peers) and the machine's matrix-multiply rate (limit)
     vision  the preset's ViT forward and backward, beside the machine's matrix-multiply rate  (limit)
     attn    our fused attention, beside torch.nn.MultiheadAttention                           (peer)
-    step    a whole training step, split by loss: what an ablation saves
+    losses  a training step, split by loss: what an ablation saves; and how each loss grows with bags, nodes and keywords
 
 Rounds are interleaved and the median of per-round ratios is reported: absolute numbers on a busy machine mean little.
 """
@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import re
 import statistics
@@ -48,6 +49,7 @@ import model as networks
 import synthetic
 import text
 import train
+from objective import Objective
 
 try:
     import openslide  # pip install openslide-python openslide-bin: a peer to compare with, not needed otherwise
@@ -232,8 +234,9 @@ def bench_attention(device):
         "model.Attention": lambda: ours(x).sum().backward()}), "torch.nn.MultiheadAttention")
 
 
-def bench_step(folder, device):
-    """A training step of the synthetic preset with all losses, and without each: what it costs."""
+def bench_losses(folder, device):
+    """A training step of the synthetic preset and what each loss costs of it, networks included; what the momentum model and its queue add;
+    then the arithmetic of each loss alone, and the power of bags, nodes and keywords that it grows with."""
     train.make_world(Path(folder) / "world", train=20, test=1)
     bags = data.BagDataset(Path(folder) / "world" / "train")
     tokenizer = text.Tokenizer.train((c for i in range(len(bags)) for c in bags.captions(i) if c), 1500)
@@ -243,22 +246,52 @@ def bench_step(folder, device):
     augment = lambda: data.stain_jitter(data.turn(batch["pixels"], batch["turns"]))
     patches, model = augment(), train.build_model(cfg, tokenizer).to(device)
 
-    def step(**off):
-        objective = losses.Objective(model, dataclasses.replace(cfg, **off))
-        return lambda: sum(objective(patches, batch)[0].values()).backward()
-    names = ("itm", "mlm", "plm", "cvta", "mrtva")
-    cases = {"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in names}, "itc alone": step(**dict.fromkeys(names, 0.0)),
-             "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": augment}
-    report(f"a step of {cfg.bags} bags x 4 patches, forward + backward", interleaved(cases), "all six losses")
+    def step(**other):
+        objective = Objective(model, dataclasses.replace(cfg, **other))
+
+        def run():
+            sum(objective(patches, batch | {"alpha": torch.tensor(objective.cfg.alpha, device=device)})[0].values()).backward()
+            objective.follow()
+        return run
+    seconds = interleaved({"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in train.LOSSES}, "itc alone": step(**dict.fromkeys(train.LOSSES[1:], 0.0)),
+                           "all, with a queue of 4096": step(queue=4096), "all, with queue and alpha 0.4": step(queue=4096, alpha=0.4), "all, keywords selected by ema": step(cvta_select="ema"),
+                           "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": augment}, 9)
+    report(f"a step of {cfg.bags} bags x 4 patches, forward + backward", seconds, "all six losses")
+    print("  of the step: " + ", ".join(f"{n} {1 - statistics.median(t / a for t, a in zip(seconds[f'without {n}'], seconds['all six losses'])):.2f}" for n in train.LOSSES)
+          + " (what leaving it out saves; without itc the towers still run)")
+
+    def cases(B, N, K, d=128):
+        M, pick = B * N, torch.Generator().manual_seed(0)
+        v, w, t = (torch.randn(*n, d, generator=pick).to(device).requires_grad_() for n in ((B, N), (B, K), (B, N)))
+        valid, w_valid, word = torch.ones(B, N, dtype=torch.bool, device=device), torch.ones(B, K, dtype=torch.bool, device=device), torch.arange(B * K, device=device).view(B, K)
+        bag, weight, old = torch.arange(B, device=device).repeat_interleave(N), torch.ones(M, device=device), torch.zeros(4096, d, device=device)
+        unit, children = (lambda x: losses.unit(x).flatten(0, 1)), {4: 1, 15: 2, 85: 4}[N]
+        index, ok = losses.select_keywords(v, w, 4, w_valid)
+        contrast = lambda **more: losses.itc(unit(v), unit(t), bag, 0.07, weight, **more).backward()
+        return {"itc": contrast, "itc, slow, queue of 4096": lambda: contrast(slow=(unit(v), unit(t)), queue=(old, old, torch.zeros(4096, dtype=torch.long, device=device)), alpha=0.4),
+                "itm, hard negatives": lambda: losses.hard_negatives(unit(v), unit(t), bag, 0.07, weight),
+                "cvta, selection": lambda: losses.select_keywords(v, w, 4, w_valid),
+                "cvta, bag": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), near=0.95).backward(),
+                "cvta, batch": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), word, 0.95).backward(),
+                **{f"mrtva, {pairs}": lambda pairs=pairs: losses.mrtva(v, t.detach(), valid, children, pairs).backward() for pairs in ("edges", "ancestors", "levels")},
+                "monitors": lambda: losses.monitors(v, valid, index, ok, torch.ones(B, N, K, dtype=torch.bool, device=device), w_valid)}
+
+    timed = lambda *size: {name: statistics.median(s) for name, s in interleaved(cases(*size)).items()}
+    axes = {"bags": [(16, 15, 24), (32, 15, 24), (64, 15, 24)], "nodes": [(16, 4, 24), (16, 15, 24), (16, 85, 24)], "keywords": [(16, 15, 24), (16, 15, 96), (16, 15, 384)]}
+    runs = {axis: [timed(*size) for size in sizes] for axis, sizes in axes.items()}
+    print("\nthe arithmetic of each loss, forward + backward, 64 bags x 15 nodes x 24 keywords; the power it grows with over the last step of an axis")
+    for name in runs["bags"][0]:
+        grows = {axis: math.log(run[2][name] / run[1][name]) / math.log(math.prod(axes[axis][2]) / math.prod(axes[axis][1])) for axis, run in runs.items()}
+        print(f"  {name:42} {1000 * runs['bags'][2][name]:9.2f} ms   " + ", ".join(f"{axis} ^ {power:.1f}" for axis, power in grows.items()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, caption, model, vision, attn, step (default: all)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, caption, model, vision, attn, losses (default: all)")
     parser.add_argument("--side", type=int, default=8192, help="pixels, of the slide that `data` reads")
     args = parser.parse_args()
     stages = {"data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "model": lambda: bench_model(device), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
-              "step": lambda: bench_step(folder, device)}
+              "losses": lambda: bench_losses(folder, device)}
     if unknown := set(args.stages) - set(stages):
         raise ValueError(f"unknown stage {unknown.pop()!r}; there are {', '.join(stages)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -45,6 +45,7 @@ import model as networks
 import synthetic
 import text
 import weights
+from objective import Objective
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ def main(argv):
             learn_words(model, bags, tokenizer, cfg, context)
         if rank == 0:
             (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    objective = losses.Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
+    objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     if state:
         objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 import model as networks
 import train
+from objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 END, VOCAB = 41, 43  # start 40, end 41, mask 42
@@ -107,7 +108,7 @@ def test_albef_agrees_on_the_same_features_queues_and_alpha():
 
 def test_every_distilled_module_follows_and_nothing_else_is_copied():
     def copied(**other):
-        slow = losses.Objective(small(), settings(**other)).slow
+        slow = Objective(small(), settings(**other)).slow
         return slow and {name.split(".")[0] for name, _ in slow.named_parameters() if "scale" not in name}
     every = {name.split(".")[0] for name, _ in small().named_parameters() if "scale" not in name}
     assert copied(alpha=0.4) == every - {"heads", "itm_head", "fuse_keyword"}
@@ -117,7 +118,7 @@ def test_every_distilled_module_follows_and_nothing_else_is_copied():
     assert copied() is None and copied(alpha=0.4, itc=0.0, mlm=0.0, plm=0.0) is None and copied(queue=8, itc=0.0) is None
     assert copied(cvta_select="ema", cvta=0.0, mrtva=0.0) is None
 
-    objective = losses.Objective(small(), settings(alpha=0.4, half_life=8))
+    objective = Objective(small(), settings(alpha=0.4, half_life=8))
     before = {k: p.clone() for k, p in objective.slow.named_parameters()}
     with torch.no_grad():
         for p in objective.model.parameters():
@@ -131,20 +132,20 @@ def test_every_distilled_module_follows_and_nothing_else_is_copied():
 
 def test_alpha_and_queue_cost_nothing_when_0():
     patches, batch = a_batch()
-    plain, cfg = losses.Objective(small(), settings()), settings()
+    plain, cfg = Objective(small(), settings()), settings()
     assert set(plain.state_dict()) == {f"model.{k}" for k in plain.model.state_dict()} and plain.memory() == {}
     def flops(objective):
         with FlopCounterMode(display=False) as count:
             sum(objective(patches, batch)[0].values()).backward()
         return count.get_total_flops()
-    spent = {name: flops(losses.Objective(small(), settings(**other))) for name, other in
+    spent = {name: flops(Objective(small(), settings(**other))) for name, other in
              dict(plain={}, queue=dict(queue=8), alpha=dict(alpha=0.4), ema=dict(cvta_select="ema")).items()}
     assert cfg.alpha == cfg.queue == 0 and spent["plain"] < spent["queue"] < spent["alpha"] and spent["plain"] < spent["ema"] < spent["alpha"]
 
 
 def test_nothing_reaches_a_stopped_target():
     patches, batch = a_batch()
-    objective = losses.Objective(small(), settings(alpha=0.4, queue=50, cvta_select="ema"))
+    objective = Objective(small(), settings(alpha=0.4, queue=50, cvta_select="ema"))
     for _ in range(2):  # the second time with a filled queue
         parts, _ = objective(patches, batch)
         sum(parts.values()).backward()
@@ -159,7 +160,7 @@ def test_nothing_reaches_a_stopped_target():
 
 
 def test_the_queue_holds_the_last_valid_patches_and_their_kin():
-    objective, seen = losses.Objective(small(), settings(queue=100)), []
+    objective, seen = Objective(small(), settings(queue=100)), []
     for step in range(3):
         patches, batch = a_batch(seed=step)
         batch["bag"] = batch["bag"] + 10 * step
@@ -176,7 +177,7 @@ def test_the_queue_holds_the_last_valid_patches_and_their_kin():
 
 def values(batch_and_patches, cfg=None, **other):
     patches, batch = batch_and_patches
-    parts, _ = losses.Objective(small(), cfg or settings(alpha=0.4, queue=50, itm=0.0, **other))(patches, batch)  # ITM draws at random
+    parts, _ = Objective(small(), cfg or settings(alpha=0.4, queue=50, itm=0.0, **other))(patches, batch)  # ITM draws at random
     return {k: x.item() for k, x in parts.items()}
 
 
@@ -217,7 +218,7 @@ def test_one_bag_and_no_keywords_still_train():
     patches, batch = a_batch(B=1)
     for other in ({}, {"w_valid": batch["w_valid"] & False}, {"valid": batch["valid"] & False}):
         for pairs in losses.PAIRS:
-            objective = losses.Objective(small(), settings(alpha=0.4, queue=7, mrtva_pairs=pairs))
+            objective = Objective(small(), settings(alpha=0.4, queue=7, mrtva_pairs=pairs))
             parts, monitor = objective(patches, batch | other)
             sum(parts.values()).backward()
             assert all(x.isfinite() for x in (*parts.values(), *monitor.values())), (other, pairs)
@@ -241,12 +242,13 @@ MANY = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, torch.distributed as dist
 import losses, test_objective as t
+from objective import Objective
 torch.set_num_threads(1)
 out, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method="file://" + out + "/group" + str(world), rank=rank, world_size=world)
 t.fixed_draws()
 for name, other in t.VARIANTS.items():
-    objective = losses.Objective(t.small(stem="conv").double(), t.settings(alpha=0.4, queue=97, itm=0.0, **other))
+    objective = Objective(t.small(stem="conv").double(), t.settings(alpha=0.4, queue=97, itm=0.0, **other))
     ddp = torch.nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
     optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.05)
     seen, n = [], 4 // world

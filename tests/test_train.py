@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import losses
 import train
+from objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--bags", "4", "--words", "2", "--log_every", "1", "--warmup", "2", "--workers", "0", "--evaluate", "false", "--device", "cpu"]
@@ -44,7 +45,8 @@ def test_flags_parse_by_type_and_mistakes_are_named():
     paper = train.parse(["--preset", "paper", "--k_o", "3", "--vision_weights", "uni.bin"])
     assert paper.k_o == 3 and paper.size == "paper"
     for argv, message in ((["--stesp", "3"], "did you mean --steps"), (["--preset", "x"], "unknown preset"), (["--children", "3"], "1, 2 or 4"),
-                          (["--clip_weights", "x"], "needs --tokenizer"), (["--preset", "paper"], "would keep random weights"), (["--bags", "0"], "at least 1")):
+                          (["--clip_weights", "x"], "needs --tokenizer"), (["--preset", "paper"], "would keep random weights"), (["--bags", "0"], "at least 1"),
+                          (["--cvta_select", "x"], "cosine, ema, own"), (["--mrtva_pairs", "x"], "edges, ancestors"), (["--alpha", "1"], "below 1"), (["--queue", "-1"], "number of patches")):
         with pytest.raises(ValueError, match=message):
             train.parse(argv)
 
@@ -65,6 +67,12 @@ def test_batches_depend_on_the_step_alone_and_cover_an_epoch(world):
     halves = [train.Batches(bags, tokenizer, cfg, 64, rank, 2) for rank in (0, 1)]
     order = [h._at((i * 2 + r) * 2 + j) for i in range(len(bags) // 4) for r, h in enumerate(halves) for j in range(2)]
     assert len(set(order)) == len(order) and len(order) > len(bags) - 4  # both ranks together: no bag twice in an epoch
+    assert torch.equal(one["bag"], torch.tensor([train.Batches(bags, tokenizer, cfg, 64)._at(12 + j) for j in range(4)]))
+    shared = {w.item() for w in one["word"][0][one["w_valid"][0]]} & {w.item() for w in one["word"][1][one["w_valid"][1]]}
+    text = lambda b: {tuple(one["keywords"][k].tolist()) for k in one["bag_of"][b][one["w_valid"][b]]}
+    assert len(shared) == len(text(0) & text(1)) > 0  # equal numbers stand for equal keywords
+    ramp = [train.Batches(bags, tokenizer, train.parse(["--bags", "4", "--alpha", "0.4", "--accumulate", "2"]), 64)[i]["alpha"].item() for i in (0, 1, 2, 1000)]
+    assert ramp == pytest.approx([0, 0, 0.4 * 4 / len(bags), 0.4])  # over the first epoch
     own = one["own"]  # a keyword owned by a node stands in its caption
     words = [tokenizer.decode(k.tolist()) for k in one["keywords"]]
     b, n, k = own.nonzero()[0].tolist()
@@ -95,11 +103,11 @@ def test_weight_zero_removes_a_loss_and_every_parameter_learns(world, tmp_path):
     tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
     batch = train.Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)[0]
     patches = batch["pixels"]  # the CPU loader has cut them
-    parts, _ = losses.Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch)
+    parts, _ = Objective(train.build_model(cfg, tokenizer), cfg)(patches, batch)
     assert set(parts) == {"itc", "itm", "mlm", "plm", "mrtva"}
     cfg = train.parse(["--bags", "4"])
     model = train.build_model(cfg, tokenizer)
-    parts, monitors = losses.Objective(model, cfg)(patches, batch)
+    parts, monitors = Objective(model, cfg)(patches, batch)
     sum(parts.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     # an untrained model stands at chance: ln V, and for ITC ln M plus half the variance of its logits, 1 / (d tau^2) for random unit vectors
@@ -112,7 +120,7 @@ def test_the_objective_compiles_whole_and_once(world):
     cfg = train.parse(["--bags", "4", "--steps", "8", "--warm", "0.4", "--hand", "0.4", "--keywords", "40"])
     bags = train.data.BagDataset(world / "train")
     tokenizer = train.text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
-    batches, objective = train.Batches(bags, tokenizer, cfg, 64), losses.Objective(train.build_model(cfg, tokenizer), cfg)
+    batches, objective = train.Batches(bags, tokenizer, cfg, 64), Objective(train.build_model(cfg, tokenizer), cfg)
     counted = CompileCounterWithBackend("eager")
     compiled, shapes = torch.compile(objective, dynamic=False, fullgraph=True, backend=counted), set()
     for i in range(8):
@@ -137,7 +145,7 @@ def test_a_frozen_tower_enters_neither_optimiser_nor_buckets(world, tmp_path):
     assert held == {id(p) for n, p in model.named_parameters() if not n.startswith("vision.")}
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        ddp = torch.nn.parallel.DistributedDataParallel(losses.Objective(model, cfg))
+        ddp = torch.nn.parallel.DistributedDataParallel(Objective(model, cfg))
         buckets = ddp._get_ddp_logging_data()["bucket_sizes"]                  # bytes, "a, b, ..."
         assert sum(map(int, str(buckets).split(","))) == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     finally:
@@ -169,8 +177,9 @@ def test_words_first_learn_which_words_mean_the_same():
 
 
 def test_resumed_equals_uninterrupted_bitwise(world, tmp_path):
-    run("--data", world, "--out", tmp_path / "whole", "--steps", 6, *SMALL)
-    first = subprocess.Popen([sys.executable, "train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "6", *SMALL, "--save_every", "1"],
+    memory = ["--alpha", "0.4", "--queue", "50"]
+    run("--data", world, "--out", tmp_path / "whole", "--steps", 6, *SMALL, *memory)
+    first = subprocess.Popen([sys.executable, "train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "6", *SMALL, *memory, "--save_every", "1"],
                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "parts" / "log.jsonl"
     while first.poll() is None and not (log.exists() and '"step": 2' in log.read_text()):
@@ -179,10 +188,11 @@ def test_resumed_equals_uninterrupted_bitwise(world, tmp_path):
     assert first.wait(60) == 0
     step = torch.load(tmp_path / "parts" / "ckpt.pt", weights_only=True)["step"]
     assert 2 <= step <= 6
-    again = run("--data", world, "--out", tmp_path / "parts", "--steps", 6, *SMALL)
+    again = run("--data", world, "--out", tmp_path / "parts", "--steps", 6, *SMALL, *memory)
     assert f"at step {step} of 6" in again.stdout + again.stderr
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "parts"))
-    assert a["step"] == b["step"] == 6 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert a["step"] == b["step"] == 6 and "queue_v" in a["memory"] and "slow.proj.weight" in a["memory"]
+    assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "memory") for k in a[part])
 
 
 def test_checkpoint_of_other_settings_is_refused_and_a_broken_one_falls_back(world, tmp_path):
