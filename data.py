@@ -426,6 +426,7 @@ def zoom(images, window):
 
 # Ruifrok & Johnston 2001: optical density of haematoxylin, eosin and DAB (here a residual) in red, green and blue
 HED = torch.nn.functional.normalize(torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]]))
+UNMIX = torch.linalg.inv(HED)  # here, because on a GPU an inverse waits for the device
 
 def stain_jitter(patches, strength=0.05, generator=None):
     """Vary the staining, alike for all patches of a bag: float [B,...,3,H,W] in [0,1] -> the same (Tellez et al. 2018).
@@ -435,7 +436,7 @@ def stain_jitter(patches, strength=0.05, generator=None):
     B, device = len(patches), generator.device if generator else "cpu"
     gain, offset = ((torch.rand(2, B, 3, generator=generator, device=device) * 2 - 1) * strength).to(patches.device)
     hed = HED.to(patches.device)
-    matrix = torch.linalg.inv(hed) @ ((1 + gain)[:, :, None] * hed)                          # density -> stains -> density
+    matrix = UNMIX.to(patches.device) @ ((1 + gain)[:, :, None] * hed)                         # density -> stains -> density
     density = torch.einsum("b...chw,bcd->b...dhw", -patches.clamp(1 / 255, 1).log(), matrix)
     return (-density - (offset @ hed).view(B, *[1] * (patches.dim() - 4), 3, 1, 1)).exp().clamp(0, 1)
 

@@ -9,14 +9,15 @@ T text tokens, d the shared space, V vocabulary, W processes.
 
 A node that is blank glass, or whose magnification the slide does not have, is not valid; every loss takes that mask (or
 non-negative weights: `Objective` gives each magnification the same total weight). Where nothing is valid a loss is 0, never
-NaN. Everything is computed in fp32 (fp64 where a test gives that), also under autocast. Stop-gradients are at the call, where
-the reader sees them. Nothing here reads a value back from the device or loops over the batch.
+NaN. Everything is computed in fp32, also under autocast (on a GPU with TF32 products, as train.py sets it; in fp64 where a test gives that).
+Stop-gradients are at the call, where the reader sees them. Nothing here reads a value back from the device or loops over the batch.
 
 References
 [1] MR-PLIP, CVPR 2025.   [2] Li et al. 2021, ALBEF (ITC, ITM with hard negatives, MLM).   [3] Li et al. 2022, mPLUG (prefix LM).
 [4] Chen & He 2021, SimSiam.   [5] Radford et al. 2021, CLIP. 
 """
 import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -98,14 +99,14 @@ def in_fp32(loss):
 def itc(v, t, bag, tau, valid, kin=0.1, slow=None, queue=None, alpha=None):
     """Image-text contrast [2, 5]: v, t [M, d] L2-normalised, bag [M] bag ids, valid [M] mask or weights -> scalar.
 
-        L = 1/2 sum_i  H(q_i, softmax_j v_i t_j / tau) + H(q_i, softmax_j t_i v_j / tau)
+        L = 1/2 mean_i  H(q_i, softmax_j v_i t_j / tau) + H(q_i, softmax_j t_i v_j / tau)
 
     q_i gives 1 - kin to the own caption and spreads `kin` over the patches of the same bag: they show the same tissue, so
     calling them wrong outright would be false. Columns come from all processes. Chance level: ln(number of valid columns).
 
     slow (v, t), each [M, d], of the momentum model: the columns are then its features, which move too slowly to run away, and
     with alpha (0-d) its own opinion softens the targets: q_i <- (1 - alpha) q_i + alpha softmax_j slow v_i t_j / tau [2].
-    queue (v [Q, d], t [Q, d], bag [Q]) appends the slow features of earlier batches; bag -1 marks a slot not filled yet."""
+    queue (v, t [Q, d], bag [Q]) appends the slow features of earlier batches; bag -1 marks a slot not filled yet."""
     M, v, t = len(v), full(v), full(t)
     all_v, all_t = (gather(full(x).detach()) for x in slow) if slow else (gather(v), gather(t))        # [C, d]
     all_bag, real = gather(bag), gather(valid.to(v.dtype)) > 0                         # [C] invalid patches are no negatives
@@ -128,11 +129,18 @@ def itc(v, t, bag, tau, valid, kin=0.1, slow=None, queue=None, alpha=None):
 
 
 @torch.no_grad()
-def enqueue(queue, at, rows):
-    """Write the rows [M, ...] of every process into the ring buffer queue [Q, ...] from slot at (0-d) on, in place. Any size will
-    do: it wraps around, and of more rows than slots the last are kept."""
-    rows = gather(rows)[-len(queue):]
-    queue.index_copy_(0, (at + torch.arange(len(rows), device=at.device)) % len(queue), rows.to(queue.dtype))
+def enqueue(queue, at, v, t, bag, valid):
+    """Write the valid rows of every process, v and t [M, d], bag [M], into the ring buffers queue (v, t [Q + 1, d], bag [Q + 1]) from slot
+    at (0-d) on, all in place. Any Q will do: it wraps around, and of more rows than slots the last are kept. What is not kept
+    goes, as zeros, to the last slot, which stays empty (bag -1): a mask without a count known to the host."""
+    Q, valid = len(queue[2]) - 1, gather(valid)
+    n = valid.cumsum(0)                                                                # [W M] how many valid rows up to here
+    keep = valid & (n > n[-1] - Q)
+    slot = torch.where(keep, (at + n - 1) % Q, Q)
+    for slots, rows, empty in zip(queue, (v, t, bag), (0, 0, -1)):
+        rows = gather(rows)
+        slots.index_copy_(0, slot, rows.masked_fill(~keep.view(-1, *[1] * (rows.dim() - 1)), empty).to(slots.dtype))
+    at.copy_((at + n[-1]) % Q)
 
 
 @torch.no_grad()
@@ -140,7 +148,7 @@ def enqueue(queue, at, rows):
 def hard_negatives(v, t, bag, tau, valid, generator=None):
     """For ITM [2]: v, t [M, d] -> (image [M], text [M], ok [M]): for caption i a wrong image, for image i a wrong caption,
     drawn with the probability softmax gives them, never from the same bag: kin would be false negatives. ok is False
-    where no other bag offers one (a single bag): those rows must not count."""
+    for a row that is not valid and where no other bag offers one (a single bag): those rows must not count."""
     other = (bag[:, None] != bag[None, :]) & valid.bool()[None, :]                     # [M, M]
     ok = other.any(1) & valid.bool()
     sim = full(v) @ full(t).T / tau                                                    # [M, M]
@@ -154,16 +162,16 @@ def hard_negatives(v, t, bag, tau, valid, generator=None):
 
 def itm(positive, negative_image, negative_text, valid):
     """Image-text matching [2]: logits [M, 2] of the true pair, of caption + wrong image, of image + wrong caption
-    (column 1 = "they match"), valid [M] -> scalar. Chance level of always guessing "no": ln 3 - 2/3 ln 2 = 0.637."""
+    (column 1 = "they match"), valid [M] -> scalar. Level of always giving the base rate, one in three: ln 3 - 2/3 ln 2 = 0.637."""
     M = len(positive)
     logits = full(torch.cat([positive, negative_image, negative_text]))                # [3M, 2]
-    labels = torch.cat([torch.ones(M), torch.zeros(2 * M)]).long().to(logits.device)
+    labels = (torch.arange(3 * M, device=logits.device) < M).long()
     return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), valid.repeat(3))
 
 
-def corrupt(ids, real, mask_id, special, vocab, rate=0.15, generator=None):
+def corrupt(ids, real, mask_id, special, rate=0.15, generator=None):
     """MLM's masking [2]: ids [M, T], real [M, T] (not padding) -> (corrupted ids, labels with -100 where nothing is asked).
-    `rate` of the real tokens are chosen, special ids (a tuple) never; of those 80% become mask_id, 10% a random id, 10%
+    `rate` of the real tokens are chosen, special ids (a tuple) never; of those 80% become mask_id, 10% a random id below them, 10%
     stay."""
     u = torch.empty(3, *ids.shape, device=ids.device).uniform_(generator=generator)    # [3, M, T]
     random_ids = (u[2] * min(special)).long().clamp(max=min(special) - 1)              # the product may round up
@@ -173,7 +181,7 @@ def corrupt(ids, real, mask_id, special, vocab, rate=0.15, generator=None):
     chosen = ordinary & (u[0] < rate)
     labels = torch.where(chosen, ids, -100)
     ids = torch.where(chosen & (u[1] < 0.8), mask_id, ids)
-    return torch.where(chosen & (u[1] >= 0.9), random_ids.clamp(max=vocab - 1), ids), labels
+    return torch.where(chosen & (u[1] >= 0.9), random_ids, ids), labels
 
 
 def soft_cross_entropy(logits, labels, slow=None, alpha=None):
@@ -252,7 +260,8 @@ def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, word=None, near=None):
         table, listed, ids = gather(w).flatten(0, 1)[None], gather(w_valid).view(1, -1), gather(word).flatten()    # [1, L, d], [1, L], [L]
         at = index + K * (rank_offset(B) + torch.arange(B, device=v.device))[:, None, None]
         order = ids.masked_fill(~listed[0], -1).sort().values
-        copies = torch.searchsorted(order, ids, right=True) - torch.searchsorted(order, ids)           # [L] times a keyword is there
+        copies = torch.searchsorted(order, ids, right=True) - torch.searchsorted(order, ids)           # [L] times a keyword is there:
+        # each of its n equal columns counts 1/n, which is - log n in the logarithm
     s = v @ table.transpose(1, 2) / tau                                                # [B, N, L], L = K inside the bag
     with torch.no_grad():
         chosen = torch.zeros_like(s[..., :K]).scatter_add(2, index, ok.to(s.dtype))    # [B, N, K]
@@ -330,7 +339,7 @@ def monitors(g, valid, index, ok, own, w_valid):
                SimSiam's collapse (MRTVA close to -1 says nothing by itself).
     rank       in how many directions that output varies: (sum of the eigenvalues of its covariance)^2 / sum of their squares.
     used       share of a bag's keywords that any of its nodes selects: near k_o / K means all nodes pick the same few.
-    spread     entropy of a bag's selections over that of picking its keywords evenly: 1 is even, ln k_o / ln K all the same.
+    spread     entropy of a bag's selections, 0 if all nodes pick the same k_o keywords, 1 if its keywords are picked evenly.
     own        share of the selected keywords that the node's own caption names: agreement of CVTA with the captioner.
     chance     what `own` would be if nodes selected blindly."""
     g = unit(g)                                                                        # [B, N, d]
@@ -342,7 +351,9 @@ def monitors(g, valid, index, ok, own, w_valid):
     times = torch.zeros_like(own, dtype=g.dtype).scatter_add(2, index, ok.to(g.dtype)) # [B, N, K]
     listed, there = w_valid.to(g.dtype), (times.sum((1, 2)) > 0).to(g.dtype)           # [B, K], [B]
     p = times.sum(1) / times.sum((1, 2)).clamp(min=1)[:, None]                         # [B, K]
-    entropy = -(p * p.clamp(min=1e-9).log()).sum(1) / listed.sum(1).clamp(min=2).log() # [B]
+    K, least = listed.sum(1).clamp(min=1).log(), math.log(index.shape[-1])             # [B]
+    entropy = ((-(p * p.clamp(min=1e-9).log()).sum(1) - least) / (K - least).clamp(min=1e-6)).clamp(0, 1)
+    there = there * (K > least)                                                        # with k_o keywords or fewer there is no choice
     picks = times.sum().clamp(min=1)
     blind = (own & w_valid[:, None]).to(g.dtype).sum(2) / listed.sum(1).clamp(min=1)[:, None]          # [B, N]
     return {"std": std, "rank": cov.trace() ** 2 / cov.square().sum().clamp(min=1e-12),
@@ -367,7 +378,7 @@ TAU = (0.01, 0.5)  # temperatures are clamped to this: below, a contrast stops l
 WARNINGS = (  # name of the monitor, what is wrong with a dict of their means, what to do
     ("std", lambda m: m["std"] < 0.3, "the projections collapse (std {std:.2f}, healthy is about 1), so MRTVA agrees with itself: lower --mrtva or --lr, or raise --bags"),
     ("rank", lambda m: m["rank"] < 3, "the projections vary in {rank:.1f} directions only: raise --bags or lower --mrtva"),
-    ("spread", lambda m: m["spread"] < 0.5, "all patches of a bag select the same few keywords (evenness {spread:.2f}): raise --warm, or try --cvta_negatives batch"),
+    ("spread", lambda m: m["spread"] < 0.05, "all patches of a bag select the same few keywords (evenness {spread:.2f}): raise --warm, or try --cvta_negatives batch"),
     ("own", lambda m: m["own"] < 1.2 * m["chance"], "selected keywords agree with the patches' own captions no better than chance ({own:.2f}, chance {chance:.2f}): raise --warm, or try --cvta_select ema"),
     ("blind", lambda m: m["blind"] > 0.9, "{blind:.0%} of z survives a change of image: MRTVA aligns words, not tissue. Raise --itm and --mlm or lower --k_o"),
     ("tau", lambda m: not 1.01 * TAU[0] < m["tau"] < 0.99 * TAU[1], "ITC's temperature {tau:.3f} stands at its clamp: lower --lr, and look for captions that are all alike"),

@@ -217,7 +217,7 @@ def text_valid(ids, end):
 class BatchNorm(nn.Module):
     """Batch normalisation over valid rows only, its statistics shared by all processes [4]: x [M, D], valid [M] -> [M, D].
 
-    SimSiam collapses without it. Per-process statistics of a few bags would describe their tissue, not the data, and
+    SimSiam learns little without it. Per-process statistics of a few bags would describe their tissue, not the data, and
     masked (blank) nodes would drag the mean; torch's SyncBatchNorm knows neither masks nor the CPU. No running averages:
     the heads serve training only."""
 
@@ -241,7 +241,7 @@ class BatchNorm(nn.Module):
 
 
 class AllSum(torch.autograd.Function):
-    """Sum over processes. Every process's loss contains the sum, so its gradient is summed too."""
+    """Sum over processes. x enters the loss of every process, so its gradient is the sum of theirs: backward is forward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -260,7 +260,7 @@ def _all_sum(x):
 
 class StemNorm(nn.BatchNorm2d):
     """Batch norm of x [N, D, h, w] whose statistics are those of all processes' images, so that their number does not change what is
-    learned. torch's SyncBatchNorm knows no CPU."""
+    learned. torch's SyncBatchNorm knows no CPU. Blank patches count here: the tower will meet them, too."""
 
     def forward(self, x):
         """x [N, D, h, w] -> the same."""
@@ -317,7 +317,7 @@ class MRPLIP(nn.Module):
         self.lm_dense, self.lm_ln = nn.Linear(D, self.text.width), nn.LayerNorm(self.text.width)
         self.lm_bias = nn.Parameter(torch.zeros(vocab))
         self.heads = Heads(D, *simsiam)
-        # Temperatures live as log(1/tau): multiplying logits is better conditioned than dividing, and 1/tau stays positive.
+        # Temperatures live as log(1/tau), as CLIP's do: whatever the optimiser makes of it, tau stays positive.
         self.itc_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.cvta_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.init_weights()
@@ -409,12 +409,12 @@ class MRPLIP(nn.Module):
         A caption ends at its end id, or after max_tokens or the tower's context. Nothing is cached: T short passes are cheap enough to
         read. ValueError where the prefix leaves no room."""
         ids = torch.tensor([[tokenizer.start, *tokenizer.encode(prefix)]] * len(images), device=images.device).view(len(images), -1)       # [N, T]
-        known, context, end, full = ids.shape[1], len(self.text.pos), self.text.end, ids.new_full
+        known, context, end, fill = ids.shape[1], len(self.text.pos), self.text.end, ids.new_full
         if known >= context:
             raise ValueError(f"the prefix has {known - 1} tokens and the text tower reads {context}: shorten it")
         visual = self.visual_tokens(self.vision(images))                               # [N, V, D]
         while ids.shape[1] < min(context, known + max_tokens) and not (ids == end).any(1).all():
-            fused = self.fuse_with_text(visual, self.text(ids)[0], text_valid(ids, end), full((len(ids),), known), full((len(ids),), ids.shape[1] - 1))
+            fused = self.fuse_with_text(visual, self.text(ids)[0], text_valid(ids, end), fill((len(ids),), known), fill((len(ids),), ids.shape[1] - 1))
             logits = self.lm_logits(fused).float()                                     # [N, vocab]
             logits[:, [tokenizer.start, tokenizer.mask]] = -torch.inf                  # never asked of it in training
             word = logits.argmax(-1, keepdim=True)                                     # [N, 1]

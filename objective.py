@@ -45,7 +45,7 @@ def follow(slow, model, m):
 class Objective(nn.Module):
     """batch (as train.Batches builds it, images already cut to patches) -> (dict of losses, dict of monitors).
 
-    cfg is train.Config. What a weight of 0, alpha 0 or queue 0 switches off is neither built nor computed."""
+    cfg is train.Config. What a weight of 0, alpha 0 or queue 0 switches off is not computed, and of the momentum model not built."""
 
     def __init__(self, model, cfg):
         super().__init__()
@@ -57,9 +57,9 @@ class Objective(nn.Module):
             self.slow = slow_copy(model, spared + ([] if words else [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln]))
         if cfg.itc and cfg.queue:
             d, device = model.proj.out_features, model.proj.weight.device
-            self.register_buffer("queue_v", model.proj.weight.new_zeros(cfg.queue, d))
-            self.register_buffer("queue_t", model.proj.weight.new_zeros(cfg.queue, d))
-            self.register_buffer("queue_bag", torch.full((cfg.queue,), -1, device=device))
+            self.register_buffer("queue_v", model.proj.weight.new_zeros(cfg.queue + 1, d))
+            self.register_buffer("queue_t", model.proj.weight.new_zeros(cfg.queue + 1, d))
+            self.register_buffer("queue_bag", torch.full((cfg.queue + 1,), -1, device=device))
             self.register_buffer("queue_at", torch.zeros((), dtype=torch.long, device=device))
 
     def memory(self):
@@ -72,14 +72,22 @@ class Objective(nn.Module):
             follow(self.slow, self.model, 0.5 ** (self.cfg.bags / self.cfg.half_life))
 
     def forward(self, patches, batch):
-        """patches [B, N, 3, S, S], batch a dict -> ({loss: scalar}, {monitor: scalar})."""
+        """patches [B, N, 3, S, S] in [0, 1] and batch -> ({loss: scalar}, {monitor: scalar}). The batch holds
+
+        valid   [B, N] bool   not blank, magnification present       ids   [B, N, T]   caption of each node
+        bag     [B]    number of the bag in the data: kin have equal ones
+        pairs   [M]    the nodes, of B N, that ITM, MLM and PLM read
+        keywords [U, T] every distinct keyword once       bag_of  [B, K]  which of them a bag's keywords are
+        word    [B, K] a number for each keyword, equal where keywords are       w_valid [B, K] bool  not padding
+        own     [B, N, K] bool   a node's own caption names the keyword
+        free    [B, N] bool      the node may select others (the hand-over)       alpha  0-d  weight of the momentum model's opinion"""
         model, slow, cfg, out = self.model, self.slow, self.cfg, {}
         valid, ids = batch["valid"], batch["ids"].flatten(0, 1)                        # [B, N], [BN, T]
         B, N = valid.shape
         bag = batch["bag"].repeat_interleave(N)                                        # [BN] number of the bag in the data
-        # Every magnification weighs the same, however many nodes it has: otherwise 40x would be three quarters of the loss.
+        # A node weighs 1 / the nodes of its magnification in a bag: otherwise 40x would be three quarters of the loss.
         sizes = losses.level_sizes(N, cfg.children)
-        weight = valid / torch.tensor([s for s in sizes for _ in range(s)], device=valid.device)       # [B, N]
+        weight = valid * torch.cat([torch.full((s,), 1 / s, device=valid.device) for s in sizes])      # [B, N]
         alpha = batch["alpha"] if self.softens else None
 
         # Towers: every patch, every caption and every distinct keyword once.
@@ -93,25 +101,29 @@ class Objective(nn.Module):
         if slow is not None:
             with torch.no_grad():
                 slow_tokens = tokens if cfg.freeze_vision else slow.vision(patches.flatten(0, 1))
-                slow_v, (slow_captions, pooled) = slow.project(slow_tokens), slow.text(ids)
-                slow_t = losses.unit(pooled)
+                slow_v = slow.project(slow_tokens)
+                if self.softens or cfg.itc and cfg.queue:
+                    slow_captions, slow_pooled = slow.text(ids)
+                    slow_t = losses.unit(slow_pooled)
         tau_itc, tau_cvta = (-model.itc_scale).exp(), (-model.cvta_scale).exp()
         monitor = {"tau": tau_itc.detach()}
 
         if cfg.itc:
             queue = (self.queue_v, self.queue_t, self.queue_bag) if cfg.queue else None
             out["itc"] = losses.itc(v, t, bag, tau_itc, weight.flatten(), cfg.kin, (slow_v, slow_t) if queue or self.softens else None, queue, alpha)
-            if queue:  # for the batches to come: this one's features stand in its own columns
-                for slots, rows in zip(queue, (slow_v, slow_t, torch.where(valid.flatten(), bag, -1))):
-                    losses.enqueue(slots, self.queue_at, rows)
-                self.queue_at.copy_((self.queue_at + B * N * losses.world_size()) % cfg.queue)
-                monitor["queue"] = (self.queue_bag >= 0).float().mean()
-        visual = model.visual_tokens(tokens) if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva else None     # [BN, V, D] shared by all passes
+            if queue:  # after the loss: before it, a patch would stand in the queue as well as in its own column
+                losses.enqueue(queue, self.queue_at, slow_v, slow_t, bag, valid.flatten())
+                monitor["queue"] = (self.queue_bag >= 0).float().sum() / cfg.queue
 
         # Caption losses on M = B * pairs patches.
         row = batch["pairs"]                                                           # [M] numbers into BN
-        image, caption, word = (visual[row], captions[row], ids[row]) if visual is not None else (None,) * 3
-        real, ok = text_valid(ids[row], model.text.end), valid.flatten()[row]          # [M, T], [M]
+        caption, row_ids, ok = captions[row], ids[row], valid.flatten()[row]           # [M, T, Dt], [M, T], [M]
+        real = text_valid(row_ids, model.text.end)                                     # [M, T]
+        if cfg.mrtva:
+            visual = model.visual_tokens(tokens)                                       # [BN, V, D] for all passes
+            image = visual[row]                                                        # [M, V, D]
+        elif cfg.itm or cfg.mlm or cfg.plm:
+            image = model.visual_tokens(tokens[row])
         soft_mlm = soft_plm = None
         if self.softens and (cfg.mlm or cfg.plm):
             with torch.no_grad():
@@ -124,7 +136,7 @@ class Objective(nn.Module):
             out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)              # [M, 2] each
         if cfg.mlm:
             special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
-            masked, labels = losses.corrupt(word, real & ok[:, None], special[2], special, model.lm_bias.numel())
+            masked, labels = losses.corrupt(row_ids, real & ok[:, None], special[2], special)
             if self.softens:
                 with torch.no_grad():
                     soft_mlm = slow.lm_logits(slow.fuse_with_text(slow_image, slow.text(masked)[0], real))
@@ -134,17 +146,18 @@ class Objective(nn.Module):
             if self.softens:
                 with torch.no_grad():
                     soft_plm = slow.lm_logits(slow.fuse_with_text(slow_image, slow_captions[row], real, prefix))
-            out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), word, prefix, real, ok, soft_plm, alpha)
+            out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), row_ids, prefix, real, ok, soft_plm, alpha)
         if not (cfg.cvta or cfg.mrtva):
             return out, monitor
 
-        # The paper's own: one selection of keywords serves CVTA and E_mm. Nodes hand over one by one from the keywords of their own
-        # caption to what similarity selects: untrained projections would only confirm their first choice.
-        v, by = v.view(B, N, -1), (v.view(B, N, -1), w)                                # [B, N, d]
+        # The paper's own: one selection of keywords serves CVTA and E_mm. At first nodes choose among the keywords of their own
+        # caption, then more and more of them (`free`, drawn at each step) among all: untrained projections would only confirm their first choice.
+        v = v.view(B, N, -1)                                                           # [B, N, d]
+        choose_v, choose_w = v, w
         if cfg.cvta_select == "ema":
             with torch.no_grad():
-                by = slow_v.view(B, N, -1), slow.encode_text(batch["keywords"])[batch["bag_of"]]
-        index, chosen = losses.select_keywords(*by, cfg.k_o, batch["w_valid"], batch["own"] | batch["free"][..., None])    # [B, N, k_o]
+                choose_v, choose_w = slow_v.view(B, N, -1), slow.encode_text(batch["keywords"])[batch["bag_of"]]
+        index, chosen = losses.select_keywords(choose_v, choose_w, cfg.k_o, batch["w_valid"], batch["own"] | batch["free"][..., None])    # [B, N, k_o]
         if cfg.cvta:
             out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen), batch["word"] if cfg.cvta_negatives == "batch" else None, losses.NEAR)
             monitor["tau_cvta"] = tau_cvta.detach()
@@ -154,7 +167,7 @@ class Objective(nn.Module):
             h, g = (x.view(B, N, -1) for x in model.heads(z, valid.flatten()))
             out["mrtva"] = losses.mrtva(h, g.detach(), valid, cfg.children, cfg.mrtva_pairs)  # stop-gradient on the target [1, SimSiam]
             monitor.update(losses.monitors(g, valid, index, chosen, batch["own"], batch["w_valid"]))
-            some = torch.arange(min(16, B * N), device=v.device) * (B * N // 16 | 1) % (B * N)         # a few nodes of all levels and many bags
+            some = torch.cat([torch.arange(4, device=v.device) * B // 4 * N + sum(sizes[:i]) for i in range(len(sizes))])   # four bags at each level
             with torch.no_grad():
                 swapped = model.fuse_with_keywords(visual[some.roll(-1)], picked[some], chosen.flatten(0, 1)[some])
             monitor["blind"] = losses.blindness(z[some], swapped, valid.flatten()[some])

@@ -145,6 +145,8 @@ def parse(argv):
 
 def check(cfg):
     """Refuse settings that cannot work, in one sentence each; returns cfg."""
+    if not any(getattr(cfg, name) for name in LOSSES):
+        raise ValueError(f"all of {', '.join(LOSSES)} have weight 0: nothing would be learned")
     if cfg.size not in networks.SIZES:
         raise ValueError(f"--size {cfg.size} is not one of {', '.join(networks.SIZES)}")
     if cfg.children not in (1, 2, 4):
@@ -374,12 +376,19 @@ def load_checkpoint(folder, cfg, device):
             print(f"{path} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
             continue
         free = ("device", "compile", "workers", "log_every", "save_every", "evaluate", "out", "data")  # do not change the run's result
-        other = [k for k, v in state["config"].items() if k not in free and getattr(cfg, k, None) != v]
+        was, now = state["config"], dataclasses.asdict(cfg)
+        other = [k for k in was | now if k not in free and was.get(k) != now.get(k)]
         if other:
-            was = ", ".join(f"{k} {state['config'][k]} -> {getattr(cfg, k, None)}" for k in other)
+            was = ", ".join(f"{k} {was.get(k)} -> {now.get(k)}" for k in other)
             raise ValueError(f"{path} was trained with other settings ({was}): use them again, or another --out")
         return state
     return None
+
+
+def ignore_signals(_):
+    """For the loader's processes: Ctrl-C and torchrun signal them too, but whether to stop is for the loop to say."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def versions():
@@ -460,6 +469,7 @@ def main(argv):
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     if state:
         objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
+        state = None  # or it would stay on the device
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
         # No broadcast of buffers: every process computes the same queues and batch statistics.
@@ -470,17 +480,19 @@ def main(argv):
     say(f"{len(bags)} bags x 85 patches of {bags.S} px; {trainable / 1e6:.1f}M trainable parameters; {world} x {device}; "
         f"{cfg.bags} bags a step = {cfg.bags * sum(cfg.children ** k for k in range(4))} patches")
 
+    if cfg.itm and cfg.bags // (cfg.accumulate * world) == 1:
+        say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     batches = Batches(bags, tokenizer, cfg, context, rank, world)
     if rank == 0:
         data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
-                             pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None))
+                             worker_init_fn=ignore_signals, pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None))
 
-    # A signal only raises a flag; the loop stops after the step, so nothing is half done.
-    stop = torch.zeros(1, device=device)
+    # A signal only raises a flag; the loop stops after the step, so nothing is half done. Several processes stop at a log step, where all learn of it.
+    stop = []
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.fill_(1))
+        signal.signal(name, lambda *_: stop.append(True))
 
     log = open(run / "log.jsonl", "a") if rank == 0 else None
     if rank == 0:
@@ -509,6 +521,8 @@ def main(argv):
                     parts, monitors = forward(patches, batch)
                 loss = sum(getattr(cfg, name) * part for name, part in parts.items())
                 (loss / cfg.accumulate).backward()
+            for name, x in {"loss": loss, **parts, **monitors}.items():
+                sums[name] = sums.get(name, 0) + x.detach() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -518,15 +532,13 @@ def main(argv):
         objective.follow()
         step += 1
         bar.update()
-        for name, x in {"loss": loss, **parts, **monitors, "grad": norm}.items():
-            sums[name] = sums.get(name, 0) + x.detach()
+        sums["grad"] = sums.get("grad", 0) + norm.detach()
 
+        halt = bool(stop) and world == 1
         if step % cfg.log_every == 0 or step == cfg.steps:
-            mean = torch.stack(list(sums.values())) / (step - start)
-            if world > 1:
-                dist.all_reduce(mean)
-                dist.all_reduce(stop)
-            mean = dict(zip(sums, (mean / world).tolist()))
+            mean = torch.stack([*sums.values(), torch.tensor(float(bool(stop)), device=device)]) / (step - start)
+            *mean, stopping = losses.all_mean(mean).tolist()
+            mean, halt = dict(zip(sums, mean)), stopping > 0
             speed = (step - start) * cfg.bags / (time.time() - since)
             row = {"step": step, **mean, "lr": optimizer.param_groups[0]["lr"], "bags_per_s": speed, "wait": waited / (time.time() - since)}
             if not np.isfinite(row["loss"]):
@@ -543,7 +555,6 @@ def main(argv):
                     + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors)
                     + f" | lr {row['lr']:.1e} | {speed:.1f} bags/s | wait {row['wait']:.0%} | ETA {timedelta(seconds=int((cfg.steps - step) * cfg.bags / speed))}")
             sums, waited, since, start = {}, 0.0, time.time(), step
-        halt = stop.item() > 0 and (world == 1 or step % cfg.log_every == 0)  # all ranks must agree to leave
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
             save_checkpoint(run, objective, optimizer, step, cfg)
         if halt:

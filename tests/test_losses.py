@@ -256,13 +256,14 @@ def test_itc_equals_numpy(kin, queued, slow):
 
 def test_the_queue_is_a_ring_of_any_size():
     for size, n in ((7, 3), (4, 4), (5, 12)):
-        queue, at, expected = torch.full((size,), -1), torch.tensor(0), deque(maxlen=size)
+        queue, at, expected = [torch.zeros(size + 1, 2), torch.zeros(size + 1, 2), torch.full((size + 1,), -1)], torch.tensor(0), deque(maxlen=size)
         for step in range(9):
-            rows = torch.arange(n) + n * step
-            losses.enqueue(queue, at, rows)
-            at = (at + n) % size
-            expected.extend(rows.tolist())
-            assert sorted(queue[queue >= 0].tolist()) == sorted(expected)
+            rows, valid = torch.arange(n) + n * step, torch.rand(n, generator=torch.Generator().manual_seed(step)) < 0.7
+            losses.enqueue(queue, at, rows[:, None].expand(n, 2), -rows[:, None].expand(n, 2), rows, valid)
+            expected.extend(rows[valid].tolist())
+            there = queue[2] >= 0
+            assert sorted(queue[2][there].tolist()) == sorted(expected) and not there[size]
+            assert (queue[0][there, 1] == queue[2][there]).all() and (queue[1][there, 0] == -queue[2][there]).all()
 
 
 def test_itc_by_hand_with_kin_and_a_masked_row():
@@ -282,12 +283,13 @@ def test_hard_negatives_are_never_kin_and_prefer_the_similar():
     bag = torch.tensor([0, 0, 1, 1, 2, 2])
     v = unit(6, 4).float()
     t = v.roll(2, 0)  # the caption most similar to image i stands two rows further, in another bag
-    counts = torch.zeros(6, 6)
+    counts, images = torch.zeros(6, 6), torch.zeros(6, 6)
     for seed in range(200):
         image, caption, ok = losses.hard_negatives(v, t, bag, 0.05, torch.ones(6), torch.Generator().manual_seed(seed))
         assert ok.all() and (bag[image] != bag).all() and (bag[caption] != bag).all()
         counts[torch.arange(6), caption] += 1
-    assert (counts.argmax(1) == torch.arange(6).add(2) % 6).all()
+        images[torch.arange(6), image] += 1
+    assert (counts.argmax(1) == torch.arange(6).add(2) % 6).all() and (images.argmax(1) == torch.arange(6).sub(2) % 6).all()
     assert not losses.hard_negatives(v, t, torch.zeros(6), 0.05, torch.ones(6))[2].any()  # one bag alone: nothing to draw
 
 
@@ -305,7 +307,7 @@ def test_corrupt_frequencies():
     ids[:, 0], ids[:, -1] = 97, 98
     real = torch.ones_like(ids, dtype=torch.bool)
     real[:, 40:] = False
-    out, labels = losses.corrupt(ids, real, 99, (97, 98, 99), 100, generator=torch.Generator().manual_seed(1))
+    out, labels = losses.corrupt(ids, real, 99, (97, 98, 99), generator=torch.Generator().manual_seed(1))
     asked = labels != -100
     assert not asked[:, 0].any() and not asked[:, 40:].any() and (labels[asked] == ids[asked]).all()
     assert asked[:, 1:40].float().mean().item() == pytest.approx(0.15, abs=0.01)
@@ -386,7 +388,12 @@ def test_monitors_of_the_selection_by_hand():
     own = torch.tensor([[[True, False, False, False], [False, True, True, True]]])
     m = losses.monitors(torch.randn(1, 2, 4), torch.ones(1, 2, dtype=torch.bool), index, ok, own, torch.tensor([[True, True, True, False]]))
     assert m["used"].item() == pytest.approx(2 / 3) and m["own"].item() == pytest.approx(2 / 3)
-    assert m["spread"].item() == pytest.approx(-(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3)) / math.log(3), abs=1e-6)
+    assert m["spread"] == 0  # less even than any two keywords
+    index, ok = torch.tensor([[[0, 1], [1, 2]]]), torch.ones(1, 2, 2, dtype=torch.bool)
+    even = losses.monitors(torch.randn(1, 2, 4), torch.ones(1, 2, dtype=torch.bool), index, ok, own, torch.tensor([[True, True, True, False]]))["spread"].item()
+    assert even == pytest.approx((1.5 * math.log(2) - math.log(2)) / (math.log(3) - math.log(2)), abs=1e-6)  # picked 1/4, 1/2, 1/4
+    one = losses.monitors(torch.randn(1, 2, 4), torch.tensor([[True, False]]), index, ok, own, torch.tensor([[True, True, True, False]]))
+    assert one["used"].item() == pytest.approx(2 / 3)  # a node that is not valid selects nothing
     assert m["chance"].item() == pytest.approx((2 * 1 / 3 + 1 * 2 / 3) / 3, abs=1e-6)
 
 
@@ -401,7 +408,7 @@ def test_blindness_is_the_share_of_z_that_words_alone_decide():
 def test_each_known_failure_has_a_warning():
     healthy = dict(std=1.0, rank=20.0, used=0.5, spread=0.9, own=0.8, chance=0.1, blind=0.2, tau=0.07, tau_cvta=0.07, queue=1.0, epoch=2.0)
     assert losses.warnings(healthy) == {} and losses.warnings({"tau": 0.07}) == {}
-    for name, value in dict(std=0.1, rank=1.5, spread=0.2, own=0.1, blind=0.95, tau=0.01, tau_cvta=0.5, queue=0.4).items():
+    for name, value in dict(std=0.1, rank=1.5, spread=0.01, own=0.1, blind=0.95, tau=0.01, tau_cvta=0.5, queue=0.4).items():
         said = losses.warnings({**healthy, name: value})
         assert list(said) == [name] and "{" not in said[name] and "\n" not in said[name]
     assert losses.warnings({**healthy, "queue": 0.4, "epoch": 0.5}) == {}  # it is still filling

@@ -14,6 +14,7 @@ import losses
 import model as networks
 import train
 from objective import Objective
+from test_losses import cvta_numpy, itc_numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 END, VOCAB = 41, 43  # start 40, end 41, mask 42
@@ -53,7 +54,7 @@ def a_batch(B=4, N=15, K=7, seed=0):
 
 def fixed_draws(patch=setattr):
     """MLM's masks and PLM's prefixes as functions of the caption, so that two runs may be compared row by row."""
-    def corrupt(ids, real, mask_id, special, vocab):
+    def corrupt(ids, real, mask_id, special):
         chosen = real & (ids < 40) & ((ids * 7 + torch.arange(ids.shape[1]) * 5) % 3 == 0)
         return torch.where(chosen, mask_id, ids), torch.where(chosen, ids, -100)
     patch(losses, "corrupt", corrupt)
@@ -165,12 +166,91 @@ def test_the_queue_holds_the_last_valid_patches_and_their_kin():
         patches, batch = a_batch(seed=step)
         batch["bag"] = batch["bag"] + 10 * step
         _, monitor = objective(patches, batch)
-        seen.append(torch.where(batch["valid"], batch["bag"][:, None], -1).flatten())
-    seen = torch.cat(seen)[-100:]
-    assert sorted(objective.queue_bag.tolist()) == sorted(seen.tolist()) and objective.queue_at == 180 % 100
-    assert monitor["queue"].item() == pytest.approx((seen >= 0).float().mean().item())
+        seen.append(batch["bag"][:, None].expand(4, 15)[batch["valid"]])
+    seen = torch.cat(seen)
     filled = objective.queue_bag >= 0
+    assert sorted(objective.queue_bag[filled].tolist()) == sorted(seen.tolist()[-100:]) and monitor["queue"] == 1
     assert torch.allclose(objective.queue_v[filled].norm(dim=1), torch.ones(int(filled.sum())), atol=1e-5)
+
+
+# ---- the whole, written down a second time -----------------------------------------------------------------------------
+
+def test_the_objective_term_by_term(monkeypatch):
+    """Two steps (the second with a queue of the first) of a model and a momentum model that differ, against the networks called one by one and
+    the losses' transcriptions in NumPy; and MRTVA's gradient, which must not see the target."""
+    fixed_draws(monkeypatch.setattr)
+    monkeypatch.setattr(losses, "hard_negatives", lambda v, t, bag, tau, valid: (torch.arange(len(bag)).roll(2), torch.arange(len(bag)).roll(3), valid))
+    cfg = settings(alpha=0.4, queue=40, kin=0.3, cvta_negatives="bag", mrtva_pairs="edges")
+    objective = Objective(small(), cfg)
+    with torch.no_grad():
+        for p in objective.model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        objective.model.cvta_scale.copy_(torch.tensor(2.0))  # ITC's and CVTA's temperatures differ
+    m, s, a = objective.model, objective.slow, 0.4
+    array, mean = (lambda x: x.detach().double().numpy()), (lambda xs: sum(xs) / len(xs))
+    old = ([], [], [])
+    for step in range(2):
+        patches, b = a_batch(seed=step)
+        b["bag"], valid, ids, row = b["bag"] + step, b["valid"].flatten(), b["ids"].flatten(0, 1), b["pairs"]  # bags 6, 7, 8 come again
+        got, monitor = objective(patches, b)
+        bag, level = b["bag"].repeat_interleave(15), torch.tensor([1.0] + [0.5] * 2 + [0.25] * 4 + [0.125] * 8)
+        weight = (b["valid"] * level).flatten()
+        images = patches.flatten(0, 1)
+        v, t, slow_v, slow_t = m.encode_image(images), m.encode_text(ids), s.project(s.vision(images)), F.normalize(s.text(ids)[1], dim=-1)
+        tau, tau_cvta = (-m.itc_scale).exp().item(), (-m.cvta_scale).exp().item()
+        queue = [array(torch.stack(x[-40:])) for x in old] if step else None
+        expected = {"itc": itc_numpy(array(v), array(t), bag.numpy(), tau, array(weight), 0.3, (array(slow_v), array(slow_t)), queue, a)}
+        for slots, rows in zip(old, (slow_v, slow_t, bag)):
+            slots += list(rows[valid].detach())
+        # what the fusion reads: one row at a time, no padding
+        visual, slow_visual = m.visual_tokens(m.vision(images)), s.visual_tokens(s.vision(images))
+
+        def fused(net, image, caption, prefix=None):
+            seen = torch.ones(1, len(caption), dtype=torch.bool)
+            return net.fuse_with_text(image[None], net.text(caption[None])[0], seen, prefix)[0]
+        trimmed = [ids[r][: int((ids[r] == END).nonzero()[0]) + 1] for r in row]
+        logp = lambda image, caption, match: -m.itm_head(fused(m, visual[image], caption)[-1]).log_softmax(0)[match].item()
+        terms = [logp(row[k], trimmed[k], 1) for k in range(8) if valid[row[k]]]
+        terms += [logp(row[(k - 2) % 8], trimmed[k], 0) for k in range(8) if valid[row[k]]]
+        terms += [logp(row[k], trimmed[(k - 3) % 8], 0) for k in range(8) if valid[row[k]]]
+        expected["itm"] = mean(terms)
+        soft = lambda x, y, label: -((1 - a) * x.log_softmax(-1)[label] + a * (y.softmax(-1) * x.log_softmax(-1)).sum()).item()
+        hidden, guessed = [], []
+        for k in range(8):
+            if valid[row[k]]:
+                caption, T = trimmed[k], len(trimmed[k])
+                asked = (caption < 40) & ((caption * 7 + torch.arange(T) * 5) % 3 == 0)
+                masked = torch.where(asked, 42, caption)
+                x, y = m.lm_logits(fused(m, visual[row[k]], masked)), s.lm_logits(fused(s, slow_visual[row[k]], masked))
+                hidden += [soft(x[i], y[i], caption[i]) for i in range(T) if asked[i]]
+                for i in range(1 + T // 3, T):  # a token is predicted by the one before it from nothing that follows, whatever the mask
+                    known = torch.tensor([1 + T // 3])
+                    x, y = (net.lm_logits(fused(net, picture[row[k]], caption[:i], known))[-1] for net, picture in ((m, visual), (s, slow_visual)))
+                    guessed.append(soft(x, y, caption[i]))
+        expected["mlm"], expected["plm"] = mean(hidden), mean(guessed)
+        w = m.encode_text(b["keywords"])[b["bag_of"]]
+        allowed = b["own"] | b["free"][:, :, None]
+        expected["cvta"] = cvta_numpy(array(v.view(4, 15, -1)), array(w), 3, tau_cvta, array(weight.view(4, 15)), b["w_valid"].numpy(), allowed.numpy(), losses.NEAR)
+        z = []
+        for i in range(60):
+            bag_no, cos = i // 15, w[i // 15] @ v[i]
+            best = [k for k in cos.argsort(descending=True, stable=True).tolist() if b["w_valid"][bag_no, k] and allowed[bag_no, i % 15, k]][:3]
+            z.append(m.fuse_with_keywords(visual[i][None], w[bag_no, best][None], torch.ones(1, len(best), dtype=torch.bool))[0])
+        h, g = m.heads(torch.stack(z), valid)
+        own = F.normalize(h, dim=-1), F.normalize(g.detach(), dim=-1)  # the stop-gradient
+        pairs = {}
+        for i in range(60):
+            child, parent = i % 15, i - i % 15 + (i % 15 - 1) // 2
+            if child and valid[i] and valid[parent]:
+                pairs.setdefault((child + 1).bit_length(), []).append(-(own[0][parent] @ own[1][i] + own[0][i] @ own[1][parent]) / 2)
+        mrtva = mean([mean(x) for x in pairs.values()])
+        expected["mrtva"] = mrtva.item()
+        assert {k: x.item() for k, x in got.items()} == pytest.approx(expected, rel=2e-5, abs=1e-5)
+        for p in (m.heads.project[0].weight, m.heads.predict.weight, m.fuse_keyword.weight):
+            mine, = torch.autograd.grad(got["mrtva"], p, retain_graph=True)
+            theirs, = torch.autograd.grad(mrtva, p, retain_graph=True)
+            assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
+        assert 0 <= monitor["blind"] < 1
 
 
 # ---- what must change nothing -----------------------------------------------------------------------------------------
