@@ -194,6 +194,8 @@ def test_resumed_equals_uninterrupted_bitwise(world, tmp_path):
     again = run("--data", world, "--out", tmp_path / "parts", "--steps", 6, *SMALL, *memory)
     assert f"at step {step} of 6" in again.stdout + again.stderr
     a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "parts"))
+    before = torch.load(tmp_path / "parts" / "ckpt_prev.pt", weights_only=True)
+    assert before["step"] < 6 and not torch.equal(before["memory"]["slow.proj.weight"], b["memory"]["slow.proj.weight"])  # it follows
     assert a["step"] == b["step"] == 6 and "queue_v" in a["memory"] and "slow.proj.weight" in a["memory"]
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "memory") for k in a[part])
 
