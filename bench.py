@@ -1,6 +1,6 @@
 """What each stage costs, beside its limit or beside a peer, measured in the same run and given as ratios.
 
-    python bench.py                    # every stage, about two minutes on two CPU cores
+    python bench.py                    # every stage, about four minutes on two CPU cores
     python bench.py data losses        # only these
     python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
 
