@@ -271,8 +271,8 @@ def bench_losses(folder, device):
         return {"itc": contrast, "itc, slow, queue of 4096": lambda: contrast(slow=(unit(v), unit(t)), queue=(old, old, torch.zeros(4096, dtype=torch.long, device=device)), alpha=0.4),
                 "itm, hard negatives": lambda: losses.hard_negatives(unit(v), unit(t), bag, 0.07, weight),
                 "cvta, selection": lambda: losses.select_keywords(v, w, 4, w_valid),
-                "cvta, bag": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), near=0.95).backward(),
-                "cvta, batch": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), word, 0.95).backward(),
+                "cvta, bag": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), near=losses.NEAR).backward(),
+                "cvta, batch": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), word, losses.NEAR).backward(),
                 **{f"mrtva, {pairs}": lambda pairs=pairs: losses.mrtva(v, t.detach(), valid, children, pairs).backward() for pairs in ("edges", "ancestors", "levels")},
                 "monitors": lambda: losses.monitors(v, valid, index, ok, torch.ones(B, N, K, dtype=torch.bool, device=device), w_valid)}
 

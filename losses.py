@@ -4,7 +4,7 @@ hang on the networks is in objective.py.
     L = ITC + ITM + MLM + PLM   (L_bl, the baseline of [2, 3])   +   CVTA   +   MRTVA              (MR-PLIP [1], section 3)
 
 Shape letters: B bags, N nodes per bag, M = rows of a pair loss (any patches with their captions), K keywords of a bag,
-k_o keywords selected per node, L keywords a softmax runs over, Q slots of a queue, C columns (candidates) of a contrast, R rows,
+k_o keywords selected per node, L keywords a softmax runs over, Q slots of a queue, C columns (candidates) of a contrast,
 T text tokens, d the shared space, V vocabulary, W processes.
 
 A node that is blank glass, or whose magnification the slide does not have, is not valid; every loss takes that mask (or
@@ -14,7 +14,7 @@ Stop-gradients are at the call, where the reader sees them. Nothing here reads a
 
 References
 [1] MR-PLIP, CVPR 2025.   [2] Li et al. 2021, ALBEF (ITC, ITM with hard negatives, MLM).   [3] Li et al. 2022, mPLUG (prefix LM).
-[4] Chen & He 2021, SimSiam.   [5] Radford et al. 2021, CLIP. 
+[4] Chen & He 2021, SimSiam.   [5] Radford et al. 2021, CLIP.
 """
 import functools
 import math
@@ -23,17 +23,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import full
+from model import full, world_size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Many processes. DDP averages gradients, so the rule for every loss here is: the *mean over processes* of what each
 # returns is the loss of the whole batch, and gathered tensors carry gradients home.
-
-def world_size():
-    """Number of processes W; 1 where nothing is distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
 
 def rank_offset(n):
     """Where this process's n rows start among those of all processes."""
@@ -65,7 +60,8 @@ def gather(x):
 
 def weighted_mean(x, weight):
     """sum(x * weight) / sum(weight), the denominator taken over all processes; 0 where all weights are 0."""
-    x, weight = full(x), weight.to(full(x).dtype)
+    x = full(x)
+    weight = weight.to(x.dtype)
     return (x * weight).sum() / all_mean(weight.sum()).clamp(min=1e-6)
 
 
@@ -184,20 +180,13 @@ def corrupt(ids, real, mask_id, special, rate=0.15, generator=None):
     return torch.where(chosen & (u[1] >= 0.9), random_ids, ids), labels
 
 
-def soft_cross_entropy(logits, labels, slow=None, alpha=None):
-    """Cross-entropy against (1 - alpha) onehot + alpha softmax(slow) [2]: logits and slow [R, V], labels [R] (-100: 0) -> [R]."""
-    logits = full(logits)
-    rows = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-    if slow is None:
-        return rows
-    return (1 - alpha) * rows - alpha * (full(slow).softmax(-1) * logits.log_softmax(-1)).sum(-1)      # over V, not over T
-
-
 def mlm(logits, labels, slow=None, alpha=None):
     """Masked language modelling [2]: logits [M, T, V], labels [M, T] (-100: not asked) -> mean cross-entropy over the asked
-    tokens. Chance level: ln V. slow [M, T, V]: the momentum model's logits, which soften the labels by alpha."""
-    labels = labels.flatten()                                                          # [M T]
-    rows = soft_cross_entropy(logits.flatten(0, 1), labels, None if slow is None else slow.flatten(0, 1), alpha)
+    tokens. Chance level: ln V. slow [M, T, V]: the momentum model's logits; each label is then (1 - alpha) onehot + alpha softmax(slow)."""
+    logits, labels = full(logits).flatten(0, 1), labels.flatten()                      # [M T, V], [M T]
+    rows = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    if slow is not None:
+        rows = (1 - alpha) * rows - alpha * (full(slow).flatten(0, 1).softmax(-1) * logits.log_softmax(-1)).sum(-1)   # over V, not over T
     return weighted_mean(rows, labels != -100)
 
 
@@ -215,8 +204,8 @@ def plm(logits, ids, prefix, real, valid, slow=None, alpha=None):
     T = ids.shape[1]
     at = torch.arange(1, T, device=ids.device)
     asked = (at[None, :] >= prefix[:, None]) & real[:, 1:] & valid.bool()[:, None]     # [M, T - 1]
-    rows = soft_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), None if slow is None else slow[:, :-1].flatten(0, 1), alpha)
-    return weighted_mean(rows, asked.flatten())
+    labels = F.pad(torch.where(asked, ids[:, 1:], -100), (0, 1), value=-100)           # [M, T] of each position the next token
+    return mlm(logits, labels, slow, alpha)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

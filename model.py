@@ -230,7 +230,7 @@ class BatchNorm(nn.Module):
     def forward(self, x, valid):
         """x [M, D], valid bool [M] -> [M, D] (rows that are not valid are normalised too, but do not count)."""
         x = full(x)
-        w = valid.to(x.dtype).unsqueeze(1)                                                # [M, 1]
+        w = valid.to(x.dtype).unsqueeze(1)                                             # [M, 1]
         total = torch.cat([(x * w).sum(0), w.sum().view(1)])                           # [D + 1] sum, count
         total = _all_sum(total)
         count = total[-1].clamp(min=1)
@@ -253,9 +253,14 @@ class AllSum(torch.autograd.Function):
     backward = forward
 
 
+def world_size():
+    """Number of processes; 1 where nothing is distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _all_sum(x):
     """Sum over processes with its gradient; x itself where there is one process."""
-    return AllSum.apply(x) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else x
+    return AllSum.apply(x) if world_size() > 1 else x
 
 
 class StemNorm(nn.BatchNorm2d):
@@ -264,9 +269,9 @@ class StemNorm(nn.BatchNorm2d):
 
     def forward(self, x):
         """x [N, D, h, w] -> the same."""
-        if not self.training or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        y, world = full(x), world_size()
+        if not self.training or world == 1:
             return super().forward(x)
-        y, world = full(x), dist.get_world_size()
         mean = _all_sum(y.mean((0, 2, 3))) / world                                     # [D]
         var = _all_sum((y - mean[:, None, None]).square().mean((0, 2, 3))) / world
         with torch.no_grad():

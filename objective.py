@@ -22,21 +22,6 @@ import torch.nn as nn
 import losses
 from model import text_valid
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The momentum model [2, 6]: a slow copy of whatever is distilled. Its weights are the mean of the past ones, its answers steadier.
-
-def slow_copy(model, without=()):
-    """A copy of an MRPLIP that no gradient reaches. without: modules it does not need, which are not copied."""
-    return copy.deepcopy(model, {id(part): nn.Identity() for part in without}).requires_grad_(False)
-
-
-@torch.no_grad()
-def follow(slow, model, m):
-    """slow <- m slow + (1 - m) model, for every parameter that slow has: a module cannot be forgotten."""
-    fast = dict(model.named_parameters())
-    names, old = zip(*slow.named_parameters())
-    torch._foreach_lerp_(old, [fast[name] for name in names], 1 - m)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The objective: a module, so that DDP and torch.compile see one forward call a step. It also holds what the losses remember, the
@@ -51,10 +36,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.cfg, self.slow = model, cfg, None
         self.softens = cfg.alpha > 0 and bool(cfg.itc or cfg.mlm or cfg.plm)
-        words = cfg.alpha > 0 and (cfg.mlm or cfg.plm)
         if self.softens or cfg.itc and cfg.queue or (cfg.cvta or cfg.mrtva) and cfg.cvta_select == "ema":
             spared = [model.heads, model.itm_head, model.fuse_keyword] + [model.vision] * cfg.freeze_vision
-            self.slow = slow_copy(model, spared + ([] if words else [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln]))
+            if not (cfg.alpha and (cfg.mlm or cfg.plm)):
+                spared += [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln]
+            # The momentum model [2, 6] is the model, without what it does not need. Nothing in it asks for gradients, so nothing it says has any.
+            self.slow = copy.deepcopy(model, {id(part): nn.Identity() for part in spared}).requires_grad_(False)
         if cfg.itc and cfg.queue:
             d, device = model.proj.out_features, model.proj.weight.device
             self.register_buffer("queue_v", model.proj.weight.new_zeros(cfg.queue + 1, d))
@@ -66,10 +53,14 @@ class Objective(nn.Module):
         """What a checkpoint needs besides the model: state dict of the momentum model and the queues."""
         return {k: x for k, x in self.state_dict().items() if not k.startswith("model.")}
 
+    @torch.no_grad()
     def follow(self):
-        """After an optimiser step: the momentum model follows. Half of it is forgotten every `half_life` bags, on any number of processes."""
+        """After an optimiser step: slow <- m slow + (1 - m) model, for every parameter that slow has, so that no module is forgotten. Half of
+        it is gone every `half_life` bags, on any number of processes."""
         if self.slow is not None:
-            follow(self.slow, self.model, 0.5 ** (self.cfg.bags / self.cfg.half_life))
+            fast, m = dict(self.model.named_parameters()), 0.5 ** (self.cfg.bags / self.cfg.half_life)
+            names, old = zip(*self.slow.named_parameters())
+            torch._foreach_lerp_(old, [fast[name] for name in names], 1 - m)
 
     def forward(self, patches, batch):
         """patches [B, N, 3, S, S] in [0, 1] and batch -> ({loss: scalar}, {monitor: scalar}). The batch holds
@@ -99,12 +90,11 @@ class Objective(nn.Module):
         if cfg.cvta or cfg.mrtva:
             w = model.encode_text(batch["keywords"])[batch["bag_of"]]                  # [U, d] -> [B, K, d]
         if slow is not None:
-            with torch.no_grad():
-                slow_tokens = tokens if cfg.freeze_vision else slow.vision(patches.flatten(0, 1))
-                slow_v = slow.project(slow_tokens)
-                if self.softens or cfg.itc and cfg.queue:
-                    slow_captions, slow_pooled = slow.text(ids)
-                    slow_t = losses.unit(slow_pooled)
+            slow_tokens = tokens if cfg.freeze_vision else slow.vision(patches.flatten(0, 1))
+            slow_v = slow.project(slow_tokens)
+            if self.softens or cfg.itc and cfg.queue:
+                slow_captions, slow_pooled = slow.text(ids)
+                slow_t = losses.unit(slow_pooled)
         tau_itc, tau_cvta = (-model.itc_scale).exp(), (-model.cvta_scale).exp()
         monitor = {"tau": tau_itc.detach()}
 
@@ -126,26 +116,23 @@ class Objective(nn.Module):
             image = model.visual_tokens(tokens[row])
         soft_mlm = soft_plm = None
         if self.softens and (cfg.mlm or cfg.plm):
-            with torch.no_grad():
-                slow_image = slow.visual_tokens(slow_tokens[row])                      # [M, V, D]
+            slow_image = slow.visual_tokens(slow_tokens[row])                          # [M, V, D]
         if cfg.itm:
             i, j, found = losses.hard_negatives(v[row], t[row], bag[row], tau_itc, ok)
             seen = torch.cat([real, real, real[j]])                                    # [3M, T]
             fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]), seen,
                                          at=seen.sum(1) - 1)                           # [3M, D] read at the end id
-            out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)              # [M, 2] each
+            out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)       # [M, 2] each
         if cfg.mlm:
             special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
             masked, labels = losses.corrupt(row_ids, real & ok[:, None], special[2], special)
             if self.softens:
-                with torch.no_grad():
-                    soft_mlm = slow.lm_logits(slow.fuse_with_text(slow_image, slow.text(masked)[0], real))
+                soft_mlm = slow.lm_logits(slow.fuse_with_text(slow_image, slow.text(masked)[0], real))
             out["mlm"] = losses.mlm(model.lm_logits(model.fuse_with_text(image, model.text(masked)[0], real)), labels, soft_mlm, alpha)
         if cfg.plm:
             prefix = losses.split_prefix(real)
             if self.softens:
-                with torch.no_grad():
-                    soft_plm = slow.lm_logits(slow.fuse_with_text(slow_image, slow_captions[row], real, prefix))
+                soft_plm = slow.lm_logits(slow.fuse_with_text(slow_image, slow_captions[row], real, prefix))
             out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), row_ids, prefix, real, ok, soft_plm, alpha)
         if not (cfg.cvta or cfg.mrtva):
             return out, monitor
@@ -155,8 +142,7 @@ class Objective(nn.Module):
         v = v.view(B, N, -1)                                                           # [B, N, d]
         choose_v, choose_w = v, w
         if cfg.cvta_select == "ema":
-            with torch.no_grad():
-                choose_v, choose_w = slow_v.view(B, N, -1), slow.encode_text(batch["keywords"])[batch["bag_of"]]
+            choose_v, choose_w = slow_v.view(B, N, -1), slow.encode_text(batch["keywords"])[batch["bag_of"]]
         index, chosen = losses.select_keywords(choose_v, choose_w, cfg.k_o, batch["w_valid"], batch["own"] | batch["free"][..., None])    # [B, N, k_o]
         if cfg.cvta:
             out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen), batch["word"] if cfg.cvta_negatives == "batch" else None, losses.NEAR)

@@ -79,7 +79,7 @@ class Config:
     cvta_select: str = "cosine"    # how a patch finds its keywords: cosine [1] | ema (cosine of the momentum model) | own (those of its caption)
     cvta_negatives: str = "batch"  # bag as in the paper | batch: all keywords of the batch
     warm: float = 0.8              # share of the steps in which all patches take keywords of their own captions, whatever cvta_select is
-    hand: float = 0.1              # share of the steps after that over which they pass to cvta_select, one by one
+    hand: float = 0.1              # share of the steps after that over which a growing share of them passes to cvta_select
     mrtva_pairs: str = "edges"     # edges (parent and child) | ancestors | levels (whole magnifications) | random (the control)
     kin: float = 0.1               # ITC target mass on patches of the same bag
     # momentum model: ALBEF's soft targets and queue. Without both, and without cvta_select ema, it does not exist
@@ -210,7 +210,6 @@ class Batches(Dataset):
         valid = torch.stack([item["valid"] for item in items]).gather(1, nodes)        # [B, N]
         captions = [[c or "" for c in self.bags.captions(item["index"], row)] for item, row in zip(items, nodes.tolist())]
         words, own, w_valid = [], torch.zeros(B, nodes.shape[1], cfg.keywords, dtype=torch.bool), torch.zeros(B, cfg.keywords, dtype=torch.bool)
-        word = torch.zeros(B, cfg.keywords, dtype=torch.long)
         for j, item in enumerate(items):
             key = item["index"]
             if key not in self.textual_bag:
@@ -220,10 +219,10 @@ class Batches(Dataset):
             words.append(self.textual_bag[key])
             own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
             w_valid[j, : len(words[j])] = True
-            word[j, : len(words[j])] = torch.tensor([number(k) for k in words[j]])
         unique = sorted({k for bag in words for k in bag}) or [""]                     # each keyword is encoded once a batch
         at = {k: u for u, k in enumerate(unique)}
         bag_of = torch.tensor([[at[k] for k in bag] + [0] * (cfg.keywords - len(bag)) for bag in words])
+        word = torch.tensor([number(k) for k in unique])[bag_of]                       # [B, K]
         unique += [""] * (-len(unique) % 64)                                           # few distinct shapes for the compiler
         encode = lambda texts: text.trim(self.tokenizer.batch(texts, self.context), self.tokenizer.end)
         window = torch.empty(B, 0)
@@ -238,7 +237,7 @@ class Batches(Dataset):
                 "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
                 "keywords": encode(unique), "bag_of": bag_of, "word": word, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g),
                 "bag": torch.tensor([item["index"] for item in items]),
-                "free": torch.rand(valid.shape, generator=g) < self._passed(step),        # [B, N] no longer bound to the keywords of their own caption
+                "free": torch.rand(valid.shape, generator=g) < self._passed(step),     # [B, N] no longer bound to the keywords of their own caption
                 "alpha": torch.tensor(cfg.alpha * min(1, step * cfg.bags / len(self.bags)))}   # over the first epoch, as ALBEF
 
     def _passed(self, step):
@@ -480,10 +479,10 @@ def main(argv):
     say(f"{len(bags)} bags x 85 patches of {bags.S} px; {trainable / 1e6:.1f}M trainable parameters; {world} x {device}; "
         f"{cfg.bags} bags a step = {cfg.bags * sum(cfg.children ** k for k in range(4))} patches")
 
-    if cfg.itm and cfg.bags // (cfg.accumulate * world) == 1:
-        say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     batches = Batches(bags, tokenizer, cfg, context, rank, world)
+    if cfg.itm and batches.local == 1:
+        say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
     if rank == 0:
         data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
