@@ -213,7 +213,7 @@ def _whole_rows(path, *keys):
 def replace_file(path, content):
     """Write bytes or text so that the file appears whole or not at all."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temp.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temp.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temp, path)
 
 # ---------------------------------------------------------------- bags as a dataset
@@ -235,19 +235,19 @@ class BagDataset(torch.utils.data.Dataset):
 
     valid: see slide.valid_nodes. A bag is one JPEG, found by its offset, and so is each caption: nothing is loaded but what is asked for, in any order. Where things
     are is kept in `index.npz`, made when the folder is first opened, which also checks it: a truncated shard or a valid node
-    without a caption is a ValueError naming the file. .keys, .slides [n] names, .S the patch side, .valid bool [n,85]."""
+    without a caption is a ValueError naming the file. .keys, .slides [n] names, .shards paths and .shard_of [n] numbers into them, .S the patch side, .valid bool [n,85]."""
 
     def __init__(self, folder, captions=True, min_node=0.1):
         self.folder, self._truth = Path(folder), {}
         index = _index(self.folder, captions)
         self.shards = [self.folder / name for name in index["shards"].tolist()]
         self.keys, self.slides, self.S = index["keys"].tolist(), index["slides"].tolist(), int(index["S"])
-        self._shard, self._spot, self._caption = index["shard"], index["spot"], index["caption"]
+        self.shard_of, self._spot, self._caption = index["shard"], index["spot"], index["caption"]
         there = valid_nodes(index["levels"], index["tissue"], min_node)
         self.valid = torch.from_numpy(there)
         if captions and (lack := there & (self._caption < 0)).any():
             i, n = np.argwhere(lack)[0]
-            path = self.shards[self._shard[i]].with_suffix(".captions.jsonl")
+            path = self.shards[self.shard_of[i]].with_suffix(".captions.jsonl")
             raise ValueError(f"{path} {'has no' if path.exists() else 'does not exist: no'} caption for node {n} of bag {self.keys[i]} "
                              f"({lack.sum()} missing in all): {_caption_remedy(self.folder)}")
 
@@ -260,7 +260,7 @@ class BagDataset(torch.utils.data.Dataset):
         return json.loads(self._read(i, *self._spot[i, 2:]))
 
     def _read(self, i, offset, size):
-        with open(self.shards[self._shard[i]], "rb") as f:                  # opened anew: 10 us, no handle to share or run out of
+        with open(self.shards[self.shard_of[i]], "rb") as f:                  # opened anew: 10 us, no handle to share or run out of
             return os.pread(f.fileno(), size, offset)
 
     def captions(self, i, nodes=range(NODES)):
@@ -268,12 +268,12 @@ class BagDataset(torch.utils.data.Dataset):
         at = self._caption[i, list(nodes)].tolist()
         if max(at) < 0:
             return [None] * len(at)
-        with open(self.shards[self._shard[i]].with_suffix(".captions.jsonl"), "rb") as f:
+        with open(self.shards[self.shard_of[i]].with_suffix(".captions.jsonl"), "rb") as f:
             return [json.loads(f.readline())["caption"] if a >= 0 and f.seek(a) >= 0 else None for a in at]
 
     def truth(self, i):
         """Ground truth of bag i from bags-*.truth.jsonl ({"key", "node", ...} a line): 85 of dict or None; None without a file."""
-        path = self.shards[self._shard[i]].with_suffix(".truth.jsonl")
+        path = self.shards[self.shard_of[i]].with_suffix(".truth.jsonl")
         if path not in self._truth:
             self._truth[path] = {}
             for _, _, r in read_jsonl(path) if path.exists() else ():
@@ -284,7 +284,10 @@ class BagDataset(torch.utils.data.Dataset):
         return len(self.keys)
 
     def __getitem__(self, i):
-        image = torch.from_numpy(imagecodecs.jpeg8_decode(self.jpeg(i))).permute(2, 0, 1)
+        try:
+            image = torch.from_numpy(imagecodecs.jpeg8_decode(self.jpeg(i))).permute(2, 0, 1)
+        except (RuntimeError, ValueError) as e:           # imagecodecs' own errors are RuntimeErrors
+            raise ValueError(f"{self.shards[self.shard_of[i]]}: bag {self.keys[i]} is damaged ({e}): delete this shard and run `python data.py tile` again") from None
         return dict(key=self.keys[i], slide=self.slides[i], index=i, image=image, valid=self.valid[i])
 
 def _caption_remedy(folder):
@@ -428,17 +431,19 @@ def zoom(images, window):
 HED = torch.nn.functional.normalize(torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]]))
 UNMIX = torch.linalg.inv(HED)  # here, because on a GPU an inverse waits for the device
 
-def stain_jitter(patches, strength=0.05, generator=None):
+def stain_jitter(patches, strength=0.05, lot=None):
     """Vary the staining, alike for all patches of a bag: float [B,...,3,H,W] in [0,1] -> the same (Tellez et al. 2018).
 
     Light is absorbed exponentially, so stains add up in optical density. There each stain gets a random gain 1 +- strength and
-    offset +- strength: one 3 x 3 matrix and one vector per bag."""
-    B, device = len(patches), generator.device if generator else "cpu"
-    gain, offset = ((torch.rand(2, B, 3, generator=generator, device=device) * 2 - 1) * strength).to(patches.device)
-    hed = HED.to(patches.device)
-    matrix = UNMIX.to(patches.device) @ ((1 + gain)[:, :, None] * hed)                         # density -> stains -> density
-    density = torch.einsum("b...chw,bcd->b...dhw", -patches.clamp(1 / 255, 1).log(), matrix)
-    return (-density - (offset @ hed).view(B, *[1] * (patches.dim() - 4), 3, 1, 1)).exp().clamp(0, 1)
+    offset +- strength, from lot [B,2,3] in [0,1) (drawn where not given): one 3 x 3 matrix and one vector per bag."""
+    B, device = len(patches), patches.device
+    lot = torch.rand(B, 2, 3, device=device) if lot is None else lot
+    gain, offset = ((lot * 2 - 1) * strength).unbind(1)
+    hed, one = HED.to(device), [1] * (patches.dim() - 4)
+    matrix = hed.T @ ((1 + gain)[:, :, None] * UNMIX.T.to(device))                     # [B,3,3] density -> stains -> density
+    light = patches.clamp(1 / 255, 1).log_()                                           # minus the density; in place: two passes over memory less
+    light = (matrix.view(B, *one, 3, 3) @ light.flatten(-2)).view_as(patches) - (offset @ hed).view(B, *one, 3, 1, 1)
+    return light.exp_().clamp_(max=1)
 
 # ---------------------------------------------------------------- the command line
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -27,6 +28,7 @@ import data
 import model as networks
 import prompts
 import text
+from runs import read_checkpoint
 
 FACTS = tuple(prompts.BUILT_IN)
 LEVEL = np.array([data.level(n) for n in range(data.NODES)])  # [N] 0..3
@@ -57,39 +59,42 @@ def scores(y, p, C):
 
 def load_run(run, device="cpu"):
     """Folder of a run -> (MRPLIP in eval mode, Tokenizer). ValueError when it holds no checkpoint."""
-    run = Path(run)
-    for name in ("ckpt.pt", "tokenizer.json"):
-        if not (run / name).exists():
+    run, (state, path) = Path(run), read_checkpoint(run)
+    for name, there in (("ckpt.pt", state), ("tokenizer.json", (run / "tokenizer.json").exists())):
+        if not there:
             raise ValueError(f"{run} holds no {name}: it is not a run folder, or nothing was saved yet; train with `torchrun train.py --out {run}`")
-    try:
-        state = torch.load(run / "ckpt.pt", map_location="cpu", weights_only=True)
-        weights, size = state["model"], state["config"]["size"]
-    except Exception as e:
-        raise ValueError(f"{run}/ckpt.pt cannot be read ({type(e).__name__}): put ckpt_prev.pt in its place, or train on, which falls back on that by itself") from e
+    size = state["config"]["size"]
     if size not in networks.SIZES:
-        raise ValueError(f"{run}/ckpt.pt is of size {size!r}, which model.SIZES does not have: write it back there")
+        raise ValueError(f"{path} is of size {size!r}, which model.SIZES does not have: write it back there")
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[size])
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
     except RuntimeError as e:
-        raise ValueError(f"{run}/ckpt.pt holds other networks than this code builds ({str(e).splitlines()[1].strip()}): use the commit that trained it (first line of {run}/log.jsonl)") from e
+        raise ValueError(f"{path} holds other networks than this code builds ({str(e).splitlines()[1].strip()}): use the commit that trained it (first line of {run}/log.jsonl)") from e
     return model.to(device).eval(), tokenizer
 
 
 @torch.no_grad()
 def embed(model, bags, indices, device="cpu", at_once=8):
     """Every patch of the chosen bags: dict of v [G, N, d] (normalised), backbone [G, N, Dv] (class token, what a probe reads),
-    valid [G, N], index [G]."""
-    v, backbone, valid = [], [], []
-    for i in tqdm(range(0, len(indices), at_once), desc="embed", unit="batch", leave=False):
-        items = [bags[j] for j in indices[i : i + at_once]]
+    valid [G, N], index [G]. Several processes share the work, and only the first gets the answer; the others None."""
+    world, rank = networks.world_size(), networks.rank()
+    mine, rows = list(indices)[rank::world], []
+    for i in tqdm(range(0, len(mine), at_once), desc="embed", unit="batch", leave=False, disable=None if rank == 0 else True):
+        items = [bags[j] for j in mine[i : i + at_once]]
         patches = data.pyramid(torch.stack([x["image"] for x in items]).to(device))                    # [g, N, 3, S, S]
         tokens = model.vision(patches.flatten(0, 1))
-        v.append(model.project(tokens).view(len(items), data.NODES, -1).cpu())
-        backbone.append(tokens[:, 0].float().view(len(items), data.NODES, -1).cpu())
-        valid.append(torch.stack([x["valid"] for x in items]))
-    return {"v": torch.cat(v), "backbone": torch.cat(backbone), "valid": torch.cat(valid), "index": list(indices)}
+        rows.append([model.project(tokens).view(len(items), data.NODES, -1).cpu(), tokens[:, 0].float().view(len(items), data.NODES, -1).cpu(),
+                     torch.stack([x["valid"] for x in items])])
+    if world > 1:
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(rows, parts)
+        if rank:
+            return None
+        rows = [row for part in parts for row in part]
+    back = np.argsort([i for r in range(world) for i in range(r, len(indices), world)])
+    return {name: torch.cat(x)[back] for name, x in zip(("v", "backbone", "valid"), zip(*rows))} | {"index": list(indices)}
 
 
 @torch.no_grad()
@@ -145,7 +150,7 @@ def merged_scores(test, train):
     return np.nansum(test - centre, axis=1)
 
 
-def zeroshot(model, tokenizer, bags, feats, train):
+def zeroshot(model, tokenizer, bags, feats, train, modes=("ensemble", "single")):
     """Every fact, with the prompt ensemble and without: per patch at each magnification; per bag at each magnification and
     merged. A bag counts where its 5x parent has the fact. -> nested dict of `scores`."""
     out = {}
@@ -154,7 +159,7 @@ def zeroshot(model, tokenizer, bags, feats, train):
         if not (y >= 0).any():
             continue
         C = len(prompts.BUILT_IN[fact])
-        for mode in ("ensemble", "single"):
+        for mode in modes:
             W = class_weights(model, tokenizer, prompts.BUILT_IN[fact].values(), mode == "ensemble")
             node = (feats["v"] @ W.T).argmax(-1).numpy()                                                 # [G, N]
             row = {"patch": {}, "bag": {}}
@@ -171,6 +176,15 @@ def zeroshot(model, tokenizer, bags, feats, train):
             row["bag"]["merged"] = scores(y[use, 0], merged_scores(mine, theirs)[use].argmax(-1), C)
             out.setdefault(fact, {})[mode] = row
     return out
+
+
+def glance(model, tokenizer, bags, test, train):
+    """The few numbers that training shows now and then: features of test and training bags -> {name: float}. Weighted F1 of the zero-shot
+    protocol, per patch and merged, where the truth is known; else the mean recall of retrieval."""
+    if any(bags.truth(i) for i in test["index"][:1]):
+        modes = {fact: row["ensemble"] for fact, row in zeroshot(model, tokenizer, bags, test, train, ("ensemble",)).items()}
+        return {f"{fact}_{mag}": s["f1"] for fact, row in modes.items() for mag, s in (*row["patch"].items(), ("merged", row["bag"]["merged"]))}
+    return {f"retrieval_{mag}": row["mean"] for mag, row in retrieval(model, tokenizer, bags, test).items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,7 +267,7 @@ def fit_probe(x, y, C, iterations=200):
     """Multinomial logistic regression by L-BFGS: x [R, M] float, y [R] -> (W [C, M], b [C]). Minimises the summed
     cross-entropy + lambda / 2 |W|^2 with lambda = 100 / (M C), the published setting [3]; features are standardised by the caller."""
     W, b = torch.zeros(C, x.shape[1], requires_grad=True), torch.zeros(C, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -406,7 +420,12 @@ def report(run, test, train, device="cpu", only=None, most=300):
     bags, train_bags = data.BagDataset(test), data.BagDataset(train)
     feats = embed(model, bags, spread(len(bags), most), device)
     base = embed(model, train_bags, spread(len(train_bags), most // 2), device)  # for centring and for the probe
-    results, wanted = {}, lambda name: only is None or name == only
+    wanted, shared = lambda name: only is None or name == only, set(bags.slides) & set(train_bags.slides)
+    # only where test bags are held-out parents of training slides
+    gallery = embed(model, train_bags, range(len(train_bags)), device) if shared and wanted("retrieval") else None
+    if feats is None:  # the first process goes on alone
+        return None
+    results = {}
     labelled = any(bags.truth(i) for i in feats["index"][:1])
     if labelled and wanted("zeroshot"):
         results["zeroshot"] = zeroshot(model, tokenizer, bags, feats, base)
@@ -427,9 +446,8 @@ def report(run, test, train, device="cpu", only=None, most=300):
         for mag, r in results["retrieval"].items():
             print(f"  {mag:>4}: " + "   ".join(f"{name.replace('_', ' ')} " + " / ".join(f"{r[f'{name}_R@{k}']:.3f}" for k in (1, 5, 10))
                                               for name in ("image_to_text", "text_to_image")) + f"   ({r['n']} candidates, chance R@1 {1 / r['n']:.3f})")
-    shared = set(bags.slides) & set(train_bags.slides)
-    if shared and wanted("retrieval"):  # only where test bags are held-out parents of training slides
-        results["slide_retrieval"] = slide_retrieval(bags, feats, train_bags, embed(model, train_bags, list(range(len(train_bags))), device))
+    if gallery:
+        results["slide_retrieval"] = slide_retrieval(bags, feats, train_bags, gallery)
         print("\nwhich slide does a held-out parent come from: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in results["slide_retrieval"].items()))
     if only is None:
         slide = Path(test).parent / "slides" / Path(test).name / bags.slides[feats["index"][0]]  # the built-in world keeps its slides there

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import full, world_size
+from model import full, rank, world_size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ from model import full, world_size
 
 def rank_offset(n):
     """Where this process's n rows start among those of all processes."""
-    return dist.get_rank() * n if world_size() > 1 else 0
+    return rank() * n
 
 
 class AllGather(torch.autograd.Function):
@@ -50,7 +50,7 @@ class AllGather(torch.autograd.Function):
         """grad [W M, ...] -> [M, ...]."""
         grad = grad.clone()
         dist.all_reduce(grad)
-        return grad.chunk(world_size())[dist.get_rank()]
+        return grad.chunk(world_size())[rank()]
 
 
 def gather(x):
@@ -129,7 +129,7 @@ def enqueue(queue, at, v, t, bag, valid):
     """Write the valid rows of every process, v and t [M, d], bag [M], into the ring buffers queue (v, t [Q + 1, d], bag [Q + 1]) from slot
     at (0-d) on, all in place. Any Q will do: it wraps around, and of more rows than slots the last are kept. What is not kept
     goes, as zeros, to the last slot, which stays empty (bag -1): a mask without a count known to the host."""
-    Q, valid = len(queue[2]) - 1, gather(valid)
+    Q, valid = len(queue[2]) - 1, gather(valid & v.isfinite().all(1) & t.isfinite().all(1))    # what is not finite would stay for an epoch
     n = valid.cumsum(0)                                                                # [W M] how many valid rows up to here
     keep = valid & (n > n[-1] - Q)
     slot = torch.where(keep, (at + n - 1) % Q, Q)
@@ -141,19 +141,18 @@ def enqueue(queue, at, v, t, bag, valid):
 
 @torch.no_grad()
 @in_fp32
-def hard_negatives(v, t, bag, tau, valid, generator=None):
-    """For ITM [2]: v, t [M, d] -> (image [M], text [M], ok [M]): for caption i a wrong image, for image i a wrong caption,
-    drawn with the probability softmax gives them, never from the same bag: kin would be false negatives. ok is False
-    for a row that is not valid and where no other bag offers one (a single bag): those rows must not count."""
-    other = (bag[:, None] != bag[None, :]) & valid.bool()[None, :]                     # [M, M]
-    ok = other.any(1) & valid.bool()
-    sim = full(v) @ full(t).T / tau                                                    # [M, M]
+def hard_negatives(v, t, bag, tau, valid, lot):
+    """For ITM [2]: v, t [M, d], lot [M, 2] in [0, 1) -> (image [M], text [M], ok [M]): for caption i a wrong image, for image i a wrong
+    caption, as numbers of the rows of all processes, drawn with the probability softmax gives them, never from the same bag: kin would be
+    false negatives. ok is False for a row that is not valid and where no other bag offers one (a single bag): those rows must not count."""
+    all_v, all_t, all_bag, all_valid = (gather(x) for x in (full(v), full(t), bag, valid.bool()))      # [C, d], [C, d], [C], [C]
+    other = (bag[:, None] != all_bag[None, :]) & all_valid[None, :]                    # [M, C]
     draw = []
-    for logits in (sim.T, sim):                                                        # text -> image, image -> text
-        p = logits.masked_fill(~other, -1e4).softmax(1) * other + 1e-4 * other         # hard, but never degenerate
-        p = p + (~other.any(1, keepdim=True)).float()                                  # multinomial refuses rows of zeros
-        draw.append(torch.multinomial(p, 1, generator=generator).squeeze(1))
-    return draw[0], draw[1], ok
+    for a, b, u in ((full(t), all_v, lot[:, :1]), (full(v), all_t, lot[:, 1:])):       # text -> image, image -> text
+        p = (a @ b.T / tau).masked_fill(~other, -1e4).softmax(1) * other + 1e-4 * other        # hard, but never degenerate
+        reached = p.cumsum(1)
+        draw.append((reached <= u * (1 - 1e-6) * reached[:, -1:]).sum(1).clamp(max=len(all_bag) - 1))  # the first column that gets past u
+    return draw[0], draw[1], other.any(1) & valid.bool()
 
 
 def itm(positive, negative_image, negative_text, valid):
@@ -165,11 +164,11 @@ def itm(positive, negative_image, negative_text, valid):
     return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), valid.repeat(3))
 
 
-def corrupt(ids, real, mask_id, special, rate=0.15, generator=None):
-    """MLM's masking [2]: ids [M, T], real [M, T] (not padding) -> (corrupted ids, labels with -100 where nothing is asked).
-    `rate` of the real tokens are chosen, special ids (a tuple) never; of those 80% become mask_id, 10% a random id below them, 10%
-    stay."""
-    u = torch.empty(3, *ids.shape, device=ids.device).uniform_(generator=generator)    # [3, M, T]
+def corrupt(ids, real, mask_id, special, lot, rate=0.15):
+    """MLM's masking [2]: ids [M, T], real [M, T] (not padding), lot [M, 3, T or more] in [0, 1) -> (corrupted ids, labels with -100 where
+    nothing is asked). `rate` of the real tokens are chosen, special ids (a tuple) never; of those 80% become mask_id, 10% a random id
+    below them, 10% stay."""
+    u = lot[..., : ids.shape[1]].unbind(1)                                             # 3 x [M, T]
     random_ids = (u[2] * min(special)).long().clamp(max=min(special) - 1)              # the product may round up
     ordinary = real.clone()
     for s in special:
@@ -190,12 +189,11 @@ def mlm(logits, labels, slow=None, alpha=None):
     return weighted_mean(rows, labels != -100)
 
 
-def split_prefix(real, generator=None):
-    """Where each caption's prefix ends: real [M, T] (start and end ids included) -> prefix [M] >= 1, uniform, so that the
-    start id is always known and at least the end id is always left to predict."""
+def split_prefix(real, lot):
+    """Where each caption's prefix ends: real [M, T] (start and end ids included), lot [M] in [0, 1) -> prefix [M] >= 1, uniform, so that
+    the start id is always known and at least the end id is always left to predict."""
     n = real.sum(1) - 1                                                                # positions that predict something
-    u = torch.rand(len(real), device=real.device, generator=generator)
-    return 1 + (u * n).long().clamp(max=(n - 1).clamp(min=0))
+    return 1 + (lot * n).long().clamp(max=(n - 1).clamp(min=0))
 
 
 def plm(logits, ids, prefix, real, valid, slow=None, alpha=None):

@@ -258,6 +258,11 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank():
+    """The number of this process; 0 where nothing is distributed."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def _all_sum(x):
     """Sum over processes with its gradient; x itself where there is one process."""
     return AllSum.apply(x) if world_size() > 1 else x
@@ -357,15 +362,18 @@ class MRPLIP(nn.Module):
         """ids [N, T] -> [N, d], L2-normalised."""
         return F.normalize(full(self.text(ids)[1]), dim=-1)
 
-    def visual_tokens(self, tokens):
-        """What the fusion reads of an image: vision tokens [N, 1 + P, Dv] -> [N, 1 + pool^2, D] (pool = 0: all patch tokens).
-        Averaging the patch grid to pool x pool (windows overlap where the grid is no multiple) makes fusion affordable and a feature cache of a frozen tower small."""
-        N, _, D = tokens.shape
+    def see(self, images):
+        """What is kept of an image: [N, 3, S, S] in [0, 1] -> [N, V, Dv], the class token and the patch grid averaged to pool x pool (windows
+        overlap where the grid is no multiple; pool = 0: all patch tokens). That makes fusion affordable and a feature cache small."""
+        tokens = self.vision(images)                                                   # [N, 1 + P, Dv]
         if self.pool:
-            g = self.grid
-            grid = tokens[:, 1:].transpose(1, 2).reshape(N, D, g, g)                   # [N, Dv, g, g]
+            grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [N, Dv, g, g]
             grid = F.adaptive_avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)   # [N, pool^2, Dv]
-            tokens = torch.cat([tokens[:, :1], grid], 1)                               # [N, V, Dv]
+            tokens = torch.cat([tokens[:, :1], grid], 1)
+        return tokens
+
+    def visual_tokens(self, tokens):
+        """What the fusion reads of an image: tokens [N, V, Dv] of `see` -> [N, V, D]."""
         return self.fuse_image(tokens.to(self.fuse_image.weight.dtype)) + self.kind[0]
 
     def fuse(self, x, mask, at=None):
@@ -417,7 +425,7 @@ class MRPLIP(nn.Module):
         known, context, end, fill = ids.shape[1], len(self.text.pos), self.text.end, ids.new_full
         if known >= context:
             raise ValueError(f"the prefix has {known - 1} tokens and the text tower reads {context}: shorten it")
-        visual = self.visual_tokens(self.vision(images))                               # [N, V, D]
+        visual = self.visual_tokens(self.see(images))                                  # [N, V, D]
         while ids.shape[1] < min(context, known + max_tokens) and not (ids == end).any(1).all():
             fused = self.fuse_with_text(visual, self.text(ids)[0], text_valid(ids, end), fill((len(ids),), known), fill((len(ids),), ids.shape[1] - 1))
             logits = self.lm_logits(fused).float()                                     # [N, vocab]
@@ -431,7 +439,8 @@ class MRPLIP(nn.Module):
 
     def flops(self, tokens=None, k_o=8):
         """Matrix-multiplication FLOPs (a multiply-add is two) of one forward pass of each part, convolutions and attention included:
-        dict of part -> int, for one image, one caption of `tokens` ids (None: the context), one pair of them, one image with k_o keywords."""
+        dict of part -> int, for one image, one caption of `tokens` ids (None: the context), one pair of them (match: read at one position), one
+        image with k_o keywords."""
         def block(D, L, Q=None):  # keys and values of L tokens; queries, attention, projection and MLP of Q
             Q = Q or L
             return 2 * (2 * L * D * D + 2 * Q * L * D + (1 + 1 + 8) * Q * D * D)
@@ -443,7 +452,7 @@ class MRPLIP(nn.Module):
             stem += 2 * side * side * conv.weight.numel()
         return {"vision": stem + len(vision.blocks) * block(Dv, 1 + vision.grid ** 2), "project": 2 * Dv * d, "visual_tokens": 2 * V * Dv * D,
                 "text": len(text.blocks) * block(Dt, T) + 2 * Dt * d,
-                "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "lm_logits": 2 * T * (D * Dt + Dt * len(self.lm_bias)),
+                "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "match": 2 * T * Dt * D + (depth - 1) * block(D, V + T) + block(D, V + T, 1), "lm_logits": 2 * T * (D * Dt + Dt * len(self.lm_bias)),
                 "fuse_with_keywords": 2 * k_o * d * D + (depth - 1) * block(D, V + k_o) + block(D, V + k_o, 1),
                 "heads": sum(2 * m.weight.numel() for m in self.heads.modules() if isinstance(m, nn.Linear))}
 

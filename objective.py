@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 
 import losses
+from batches import augment
 from model import text_valid
 
 
@@ -28,7 +29,7 @@ from model import text_valid
 # momentum model and the queues.
 
 class Objective(nn.Module):
-    """batch (as train.Batches builds it, images already cut to patches) -> (dict of losses, dict of monitors).
+    """batch (as batches.Batches builds it) -> (dict of losses, dict of monitors). All chance is in the batch: there is none here.
 
     cfg is train.Config. What a weight of 0, alpha 0 or queue 0 switches off is not computed, and of the momentum model not built."""
 
@@ -62,12 +63,33 @@ class Objective(nn.Module):
             names, old = zip(*self.slow.named_parameters())
             torch._foreach_lerp_(old, [fast[name] for name in names], 1 - m)
 
-    def forward(self, patches, batch):
-        """patches [B, N, 3, S, S] in [0, 1] and batch -> ({loss: scalar}, {monitor: scalar}). The batch holds
+    def flops(self, batch):
+        """Matrix-multiplication FLOPs of the networks for this batch on this process, forward and backward, from shapes alone: what is
+        trained costs three forward passes (two where nothing before it learns), what is frozen or slow costs one."""
+        cfg, (B, N, T), (U, Tk), M = self.cfg, batch["ids"].shape, batch["keywords"].shape, len(batch["pairs"])
+        f, word, BN = self.model.flops(T, cfg.k_o), self.model.flops(Tk)["text"], B * N
+        read, see = bool(cfg.itm or cfg.mlm or cfg.plm), 2 if cfg.freeze_vision else 3
+        total = 0 if "tokens" in batch else BN * f["vision"] * (1 if cfg.freeze_vision else 3)
+        total += see * BN * f["project"] + 3 * BN * f["text"]
+        total += see * f["visual_tokens"] * (BN if cfg.mrtva else M * read) + 3 * U * word * bool(cfg.cvta or cfg.mrtva)
+        total += 3 * M * (3 * f["match"] * bool(cfg.itm) + (f["text"] + f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.mlm) + (f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.plm))
+        total += 3 * BN * (f["fuse_with_keywords"] + f["heads"]) * bool(cfg.mrtva)
+        if self.slow is not None:
+            total += BN * (f["project"] + f["vision"] * (not cfg.freeze_vision) + f["text"] * (self.softens or bool(cfg.itc and cfg.queue)))
+            total += U * word * (cfg.cvta_select == "ema")
+            if self.softens:
+                total += M * (f["visual_tokens"] * read + (f["text"] + f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.mlm) + (f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.plm))
+        return total
 
+    def forward(self, batch):
+        """batch -> ({loss: scalar}, {monitor: scalar}). The batch holds
+
+        pixels  [B, 3, 8S, 8S] uint8 bags, to be cut at nodes [B, N] in window [B, 3], or [B, N, 3, S, S] in [0, 1], patches;
+                turns [B] and stain [B, 2, 3] where they are to be turned and stained.   Or tokens [B, N, V, Dv], cached features
         valid   [B, N] bool   not blank, magnification present       ids   [B, N, T]   caption of each node
         bag     [B]    number of the bag in the data: kin have equal ones
-        pairs   [M]    the nodes, of B N, that ITM, MLM and PLM read
+        pairs   [M]    the nodes, of B N, that ITM, MLM and PLM read; uniform numbers for their draws, lot_mask [M, 3, context],
+                lot_prefix [M], lot_negative [M, 2]
         keywords [U, T] every distinct keyword once       bag_of  [B, K]  which of them a bag's keywords are
         word    [B, K] a number for each keyword, equal where keywords are       w_valid [B, K] bool  not padding
         own     [B, N, K] bool   a node's own caption names the keyword
@@ -82,15 +104,19 @@ class Objective(nn.Module):
         alpha = batch["alpha"] if self.softens else None
 
         # Towers: every patch, every caption and every distinct keyword once.
-        with torch.no_grad() if cfg.freeze_vision else contextlib.nullcontext():
-            tokens = model.vision(patches.flatten(0, 1))                               # [BN, 1 + P, Dv]
+        if "tokens" in batch:
+            tokens = batch["tokens"].flatten(0, 1)                                     # [BN, V, Dv]
+        else:
+            images = augment(batch, cfg.jitter).flatten(0, 1)                          # [BN, 3, S, S]
+            with torch.no_grad() if cfg.freeze_vision else contextlib.nullcontext():
+                tokens = model.see(images)                                             # [BN, V, Dv]
         v = model.project(tokens)                                                      # [BN, d]
         captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
         t = losses.unit(pooled)
         if cfg.cvta or cfg.mrtva:
             w = model.encode_text(batch["keywords"])[batch["bag_of"]]                  # [U, d] -> [B, K, d]
         if slow is not None:
-            slow_tokens = tokens if cfg.freeze_vision else slow.vision(patches.flatten(0, 1))
+            slow_tokens = tokens if cfg.freeze_vision else slow.see(images)
             slow_v = slow.project(slow_tokens)
             if self.softens or cfg.itc and cfg.queue:
                 slow_captions, slow_pooled = slow.text(ids)
@@ -101,8 +127,9 @@ class Objective(nn.Module):
         if cfg.itc:
             queue = (self.queue_v, self.queue_t, self.queue_bag) if cfg.queue else None
             out["itc"] = losses.itc(v, t, bag, tau_itc, weight.flatten(), cfg.kin, (slow_v, slow_t) if queue or self.softens else None, queue, alpha)
-            if queue:  # after the loss: before it, a patch would stand in the queue as well as in its own column
+            if queue and self.training:  # after the loss: before it, a patch would stand in the queue as well as in its own column
                 losses.enqueue(queue, self.queue_at, slow_v, slow_t, bag, valid.flatten())
+            if queue:
                 monitor["queue"] = (self.queue_bag >= 0).float().sum() / cfg.queue
 
         # Caption losses on M = B * pairs patches.
@@ -118,19 +145,20 @@ class Objective(nn.Module):
         if self.softens and (cfg.mlm or cfg.plm):
             slow_image = slow.visual_tokens(slow_tokens[row])                          # [M, V, D]
         if cfg.itm:
-            i, j, found = losses.hard_negatives(v[row], t[row], bag[row], tau_itc, ok)
-            seen = torch.cat([real, real, real[j]])                                    # [3M, T]
-            fused = model.fuse_with_text(torch.cat([image, image[i], image]), torch.cat([caption, caption, caption[j]]), seen,
+            i, j, found = losses.hard_negatives(v[row], t[row], bag[row], tau_itc, ok, batch["lot_negative"])
+            images_, captions_, real_ = (losses.gather(x) for x in (image, caption, real))   # of all processes: i and j count these rows
+            seen = torch.cat([real, real, real_[j]])                                   # [3M, T]
+            fused = model.fuse_with_text(torch.cat([image, images_[i], image]), torch.cat([caption, caption, captions_[j]]), seen,
                                          at=seen.sum(1) - 1)                           # [3M, D] read at the end id
             out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)       # [M, 2] each
         if cfg.mlm:
             special = (model.text.end - 1, model.text.end, model.text.end + 1)         # start, end, mask
-            masked, labels = losses.corrupt(row_ids, real & ok[:, None], special[2], special)
+            masked, labels = losses.corrupt(row_ids, real & ok[:, None], special[2], special, batch["lot_mask"])
             if self.softens:
                 soft_mlm = slow.lm_logits(slow.fuse_with_text(slow_image, slow.text(masked)[0], real))
             out["mlm"] = losses.mlm(model.lm_logits(model.fuse_with_text(image, model.text(masked)[0], real)), labels, soft_mlm, alpha)
         if cfg.plm:
-            prefix = losses.split_prefix(real)
+            prefix = losses.split_prefix(real, batch["lot_prefix"])
             if self.softens:
                 soft_plm = slow.lm_logits(slow.fuse_with_text(slow_image, slow_captions[row], real, prefix))
             out["plm"] = losses.plm(model.lm_logits(model.fuse_with_text(image, caption, real, prefix)), row_ids, prefix, real, ok, soft_plm, alpha)

@@ -193,23 +193,25 @@ def regions(rng, size):
 
 
 def hybrid(detail, common, cutoff=0.2):
-    """The low spatial frequencies of `common` and the high ones of `detail`, at unit rms: [n, n], [n, n] -> float [n, n, 2].
+    """The low spatial frequencies of `common` and the high ones of `detail`, at unit rms: [M, n, n], [M, n, n] -> float [M, n, n, 2].
 
     cutoff in cycles per pixel: 0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns,
     "Hybrid images", 2006)."""
-    f = np.fft.fftfreq(len(detail))
-    low = 1 / (1 + (np.hypot(f[:, None], f[None, :]) / cutoff) ** 16)
-    through = lambda image, gain: np.real(np.fft.ifft2(np.fft.fft2(image) * gain))  # noqa: E731
+    n = detail.shape[-1]
+    low = 1 / (1 + (np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)) / cutoff) ** 16)
+    through = lambda image, gain: np.fft.irfft2(np.fft.rfft2(image) * gain, (n, n))  # noqa: E731
     high = through(detail, 1 - low)
-    return np.dstack([through(common, low), high / np.sqrt(np.mean(high**2))])
+    return np.stack([through(common, low), high / np.sqrt(np.mean(high**2, (1, 2), keepdims=True))], -1)
 
 
-def sprite(rng, kind, diameter, angle, blur):
-    """Picture of one cell, float32 [n, n, 2]: how much of it nuclear colour covers, and its detail, coloured by DETAIL."""
-    n = 2 * int(1.6 * diameter) + 1
-    y, x = np.mgrid[0:n, 0:n] - n // 2 + rng.uniform(-0.5, 0.5, (2, 1, 1))
+def sprites(rng, kind, diameter, angles, blur):
+    """Pictures of cells turned by angles [M], float32 [M, n, n, 2]: how much of each nuclear colour covers, and its detail, coloured by
+    DETAIL."""
+    n, M = 2 * int(1.6 * diameter) + 1, len(angles)
+    angle, lot = np.asarray(angles)[:, None, None], rng.random((M, 3))[..., None, None]
+    y, x = np.mgrid[0:n, 0:n][:, None] - n // 2 + lot[:, :2].swapaxes(0, 1) - 0.5  # [M, n, n] each
     p, q = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    d = diameter * rng.uniform(0.92, 1.08)
+    d = diameter * (0.92 + 0.16 * lot[:, 2])
 
     def ellipse(long, short, at=0.0):  # 1 inside, 0 outside, a one-pixel slope between
         r = np.hypot((p - at) / long, q / short) * 2
@@ -234,27 +236,26 @@ def sprite(rng, kind, diameter, angle, blur):
     if kind in CYTOLOGIES:
         cell = hybrid(cell, 0.55 * np.exp(-(x * x + y * y) / (2 * (0.32 * diameter) ** 2)))
     else:
-        cell = np.dstack([cell, np.zeros_like(cell)])
+        cell = np.stack([cell, np.zeros_like(cell)], -1)
     if blur:
-        f = np.fft.fftfreq(n)
-        mtf = np.exp(-2 * (np.pi * blur) ** 2 * (f[:, None] ** 2 + f[None, :] ** 2))
-        cell = np.real(np.fft.ifft2(np.fft.fft2(cell, axes=(0, 1)) * mtf[..., None], axes=(0, 1)))
+        mtf = np.exp(-2 * (np.pi * blur) ** 2 * (np.fft.fftfreq(n)[:, None] ** 2 + np.fft.rfftfreq(n) ** 2))
+        cell = np.fft.irfft2(np.fft.rfft2(cell, axes=(1, 2)) * mtf[..., None], (n, n), axes=(1, 2))
     return cell.astype(np.float32)
 
 
 def stamp(canvas, rng, kind, points, angles, diameter, blur):
-    """Add one cell of `kind` at each of points [N, 2] (y, x), turned by angles [N], to the canvas [H, W, 2] of `sprite`."""
+    """Add one cell of `kind` at each of points [N, 2] (y, x), turned by angles [N], to the canvas [H, W, 2] of `sprites`."""
     turns, variants = 16, 4
-    bank = [[sprite(rng, kind, diameter, 2 * np.pi * i / turns, blur) for _ in range(variants)] for i in range(turns)]
-    n = bank[0][0].shape[0]
+    bank = sprites(rng, kind, diameter, np.repeat(2 * np.pi * np.arange(turns) / turns, variants), blur)
+    n = bank.shape[1]
     inside = ((points >= n) & (points < len(canvas) - n)).all(1)
     points, angles = points[inside], angles[inside]
     turn = np.rint(angles * turns / (2 * np.pi)).astype(int) % turns
     strength = rng.uniform(0.7, 1.3, len(points)).astype(np.float32)  # no two nuclei take the stain alike
     variant = rng.integers(0, variants, len(points))
     corner = np.rint(points).astype(int) - n // 2
-    for (y, x), t, v, s in zip(corner.tolist(), turn.tolist(), variant.tolist(), strength.tolist()):
-        canvas[y : y + n, x : x + n] += s * bank[t][v]
+    for (y, x), t, s in zip(corner.tolist(), (turn * variants + variant).tolist(), strength.tolist()):
+        canvas[y : y + n, x : x + n] += s * bank[t]
 
 
 def scatter(rng, size, pitch, jitter=0.25):

@@ -1,12 +1,14 @@
 """Train MR-PLIP: one column from settings to the last checkpoint. Run it as it is and it makes its own data first.
 
-    torchrun train.py                                              # the built-in world, two CPU cores, about nine minutes
+    torchrun train.py                                              # the built-in world, two CPU cores, about seven minutes
     torchrun train.py --out runs/no_cvta --cvta 0                  # an ablation: a loss with weight 0 is not computed
     torchrun --nproc_per_node=8 train.py --preset paper --data bags --out runs/paper \\
-        --vision_weights uni/pytorch_model.bin --clip_weights quiltnet/open_clip_pytorch_model.bin --tokenizer bpe_simple_vocab_16e6.txt.gz
+        --vision uni/pytorch_model.bin --text quiltnet/open_clip_pytorch_model.bin --tokenizer bpe_simple_vocab_16e6.txt.gz
 
-Plain `python train.py` does the same on one process. The same command again continues where the last one stopped.
-`--data DIR` holds DIR/train and DIR/test, each with bags-*.tar (data.py tile) and bags-*.captions.jsonl (text.py).
+Plain `python train.py` does the same on one process. The same command again continues where the last one stopped, on as many processes
+as you like. `--data DIR` holds DIR/train and DIR/test, each with bags-*.tar (data.py tile) and bags-*.captions.jsonl (text.py).
+
+Read `main` for the loop, from the top to the bottom. What a step sees is in batches.py, what it computes in objective.py, what stays in runs.py.
 
 References: [1] MR-PLIP, CVPR 2025.
 """
@@ -16,17 +18,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
-import hashlib
+import functools
 import inspect
 import json
 import math
-import platform
 import signal
-import subprocess
 import sys
+import textwrap
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,15 +39,17 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import evaluate
 import losses
 import model as networks
-import synthetic
+import runs
 import text
 import weights
+from batches import Batches, Features, ahead, cache_features, features_name, make_world, number
 from objective import Objective
 
 
@@ -65,9 +70,11 @@ class Config:
     children: int = 1              # of the 4 children of each node, those seen in a step: 1, 2, 4 -> 4, 15, 85 nodes a bag
     pairs: float = 0.5             # (patch, caption) pairs per bag that ITM, MLM and PLM read, spread over magnifications
     keywords: int = 24             # at most this many keywords in a textual bag, those that tell it best from other bags
+    turns: bool = True             # turn and mirror the bags
     jitter: float = 0.2            # stain augmentation: relative change of haematoxylin and eosin
     scale_jitter: float = 0.0      # enlarge a random square of the bag, its side 1 - this at least: magnifications between the four
-    workers: int = 1               # loader processes
+    cache: bool = False            # with a frozen tower: compute its features once, beside the shards, and train without pixels (no augmentation)
+    workers: int = 1               # loader processes of each process
     # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper
     itc: float = 1.0               # weight of image-text contrast; 0 removes a loss and its cost
     itm: float = 1.0               # ... image-text matching
@@ -87,7 +94,7 @@ class Config:
     queue: int = 0                 # its features of so many earlier patches are negatives of ITC (ALBEF: 65536); any number
     half_life: float = 4400        # it forgets half of itself every so many bags (ALBEF's 0.995 a step: every 138 steps)
     # optimiser
-    words: int = 300               # steps of the text tower alone before all others, where the paper has QuiltNet (not with --clip_weights)
+    words: int = 300               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
     steps: int = 900               # optimiser steps
     lr: float = 2e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
@@ -98,25 +105,38 @@ class Config:
     # networks
     size: str = "synthetic"        # a key of model.SIZES
     vocab: int = 1500              # ids of the tokenizer trained on the captions (without --tokenizer)
-    tokenizer: str = ""            # CLIP's merge list, needed with --clip_weights
-    vision_weights: str = ""       # timm or UNI weights for the vision tower; with --size quiltnet or plip a CLIP's
-    clip_weights: str = ""         # open_clip, OpenAI or Hugging Face CLIP weights for the text tower
+    tokenizer: str = ""            # CLIP's merge list, needed with weights in --text
+    vision: str = ""               # weights of the vision tower: a timm or UNI file; with --size quiltnet or plip a CLIP's; or "random"
+    text: str = ""                 # weights of the text tower: an open_clip, OpenAI or Hugging Face CLIP file; or "random"
     freeze_vision: bool = False    # keep the vision tower fixed, its weights in bfloat16 on a GPU
     # running
     device: str = "auto"           # cuda when there is one, else cpu
     compile: bool = False          # torch.compile the step: worth it on a GPU, slower to start than it gains on a CPU
     log_every: int = 20            # steps
     save_every: int = 100          # steps
-    evaluate: bool = True          # measure on data/test when training ends
+    eval_every: int = 300          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
+    evaluate: bool = True          # measure everything on data/test when training ends
+    change: bool = False           # go on with a checkpoint although these settings are not those it was trained with
+    wandb: str = ""                # project of Weights & Biases to send the log to (pip install wandb)
 
 
 LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
 
 PRESETS = {
     "synthetic": {},
-    "paper": dict(out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0,
-                  k_o=8, keywords=128, cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, words=0, steps=312_500, lr=1e-4, lr_vision=0.1, lr_text=0.1, warmup=2000, log_every=50,
-                  save_every=1000),  # 400,000 bags x 50 epochs / 64
+    "paper": dict(  # 400,000 bags x 50 epochs / 64
+        out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0, k_o=8, keywords=128,
+        cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, words=0, steps=312_500, lr=1e-4, lr_vision=0.1,
+        lr_text=0.1, warmup=2000, log_every=50, save_every=1000, eval_every=10_000),
+}
+
+# Folders that are made when they are not there. The second is for --vision random: the same slides, enlarged to what UNI reads.
+WORLDS = {"data/synthetic": {}, "data/synthetic-224": dict(train=16, test=16, patch_px=224)}
+
+SOURCES = {
+    "vision": "UNI's weights are pytorch_model.bin of huggingface.co/MahmoodLab/UNI, where access is asked for",
+    "text": "QuiltNet's are open_clip_pytorch_model.bin of huggingface.co/wisdomik/QuiltNet-B-32",
+    "tokenizer": "CLIP's merge list is clip/bpe_simple_vocab_16e6.txt.gz of github.com/openai/CLIP",
 }
 
 
@@ -140,7 +160,8 @@ def parse(argv):
     preset = getattr(flags, "preset", "synthetic")
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    return check(Config(**{**PRESETS[preset], **vars(flags), "preset": preset}))
+    more = {"data": "data/synthetic-224"} if preset == "paper" and getattr(flags, "vision", "") == "random" else {}
+    return check(Config(**{**PRESETS[preset], **more, **vars(flags), "preset": preset}))
 
 
 def check(cfg):
@@ -156,120 +177,24 @@ def check(cfg):
             raise ValueError(f"--{name} is one of {', '.join(choices)}, not {getattr(cfg, name)!r}")
     if not 0 <= cfg.alpha < 1 or cfg.queue < 0 or cfg.half_life <= 0:
         raise ValueError(f"--alpha is a share below 1, --queue a number of patches, --half_life a positive number of bags, not {cfg.alpha}, {cfg.queue}, {cfg.half_life}")
-    if cfg.clip_weights and not cfg.tokenizer:
-        raise ValueError("--clip_weights needs --tokenizer bpe_simple_vocab_16e6.txt.gz: the weights know only CLIP's own ids")
-    if cfg.freeze_vision and not cfg.vision_weights and networks.SIZES[cfg.size]["vision"].get("stem") != "conv":
-        raise ValueError("--freeze_vision (the paper preset sets it) would keep random weights: it needs --vision_weights, or pass --freeze_vision false")
+    if cfg.preset == "paper" and not (cfg.vision and (cfg.text or cfg.vision == "random")):
+        flag = "text" if cfg.vision else "vision"
+        raise ValueError(f"the paper preset needs --{flag} FILE: {SOURCES[flag]}; --{flag} random tries the code at full size without it")
+    if cfg.text not in ("", "random") and not cfg.tokenizer:
+        raise ValueError(f"--text {cfg.text} needs --tokenizer FILE, for the weights know only CLIP's own ids: {SOURCES['tokenizer']}")
+    if cfg.freeze_vision and not cfg.vision and networks.SIZES[cfg.size]["vision"].get("stem") != "conv":
+        raise ValueError("--freeze_vision would keep random weights: it needs --vision FILE (or random, to try the code)")
+    if cfg.cache and (not cfg.freeze_vision or cfg.scale_jitter):
+        raise ValueError("--cache keeps the features of a tower that does not learn, of the bags as they are: it needs --freeze_vision true and --scale_jitter 0")
     if not 0 <= cfg.scale_jitter < 1:
         raise ValueError(f"--scale_jitter is a share of the side of a bag, at least 0 and less than 1, not {cfg.scale_jitter}")
-    if min(cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every, cfg.save_every) < 1:
-        raise ValueError("--steps, --bags, --accumulate, --k_o, --keywords, --log_every and --save_every must be at least 1")
+    if min(cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every, cfg.save_every, cfg.eval_every + 1) < 1:
+        raise ValueError("--steps, --bags, --accumulate, --k_o, --keywords, --log_every and --save_every must be at least 1, --eval_every at least 0")
     return cfg
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: the built-in world, then batches as a function of the step number
-
-def make_world(folder, train=300, test=60, size=1024):
-    """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
-    is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared.
-    Many small slides rather than few large ones: all patches of a slide share one stain and repeat one label."""
-    for split, first, count in (("train", 0, train), ("test", train, test)):
-        slides, shards = Path(folder) / "slides" / split, Path(folder) / split
-        paths = synthetic.make_slides(slides, count, seed=0, first=first, size=size)
-        data.tile(paths, shards, patch_px=64, fov_px=64, seed=0, workers=2)
-        synthetic.describe(shards, slides, seed=0)
-
-
-def cut(images, nodes, window):
-    """Bags uint8 [B,3,8S,8S] -> the patches of `nodes` [B,N], in the `window` [B,3] of each bag or [B,0] for all of it: float [B,N,3,S,S]."""
-    return data.pyramid(data.zoom(images, window) if window.shape[1] else images, nodes=nodes)
-
-
-def number(word):
-    """A keyword as an integer, the same in every process (Python's own hash is not)."""
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little") >> 1
-
-
-class Batches(Dataset):
-    """Batch number i of this process, built from (seed, i, rank) alone: resuming needs no saved loader state, and a batch
-    does not depend on how many workers made it. Every epoch is a new permutation of all bags, dealt out by rank."""
-
-    def __init__(self, bags, tokenizer, cfg, context, rank=0, world=1):
-        self.bags, self.tokenizer, self.cfg, self.context, self.rank, self.world = bags, tokenizer, cfg, context, rank, world
-        self.local = cfg.bags // (cfg.accumulate * world)
-        self.corpus, self.textual_bag = text.count_corpus(bags.folder), {}             # bag index -> its keywords, the latest 4,096
-
-    def __getitem__(self, i):
-        cfg, B, step = self.cfg, self.local, i // self.cfg.accumulate
-        g = torch.Generator().manual_seed(hash((cfg.seed, i, self.rank)) % 2 ** 63)
-        first = (i * self.world + self.rank) * B
-        items = [self.bags[self._at(first + j)] for j in range(B)]
-        nodes = data.sample_nodes(B, cfg.children, g)                                  # [B, N]
-        turns = torch.randint(0, 8, (B,), generator=g)
-        valid = torch.stack([item["valid"] for item in items]).gather(1, nodes)        # [B, N]
-        captions = [[c or "" for c in self.bags.captions(item["index"], row)] for item, row in zip(items, nodes.tolist())]
-        words, own, w_valid = [], torch.zeros(B, nodes.shape[1], cfg.keywords, dtype=torch.bool), torch.zeros(B, cfg.keywords, dtype=torch.bool)
-        for j, item in enumerate(items):
-            key = item["index"]
-            if key not in self.textual_bag:
-                if len(self.textual_bag) == 4096:
-                    self.textual_bag.clear()
-                self.textual_bag[key] = text.keyword_bag(self.bags.captions(key), cfg.keywords, self.corpus)
-            words.append(self.textual_bag[key])
-            own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
-            w_valid[j, : len(words[j])] = True
-        unique = sorted({k for bag in words for k in bag}) or [""]                     # each keyword is encoded once a batch
-        at = {k: u for u, k in enumerate(unique)}
-        bag_of = torch.tensor([[at[k] for k in bag] + [0] * (cfg.keywords - len(bag)) for bag in words])
-        word = torch.tensor([number(k) for k in unique])[bag_of]                       # [B, K]
-        unique += [""] * (-len(unique) % 64)                                           # few distinct shapes for the compiler
-        encode = lambda texts: text.trim(self.tokenizer.batch(texts, self.context), self.tokenizer.end)
-        window = torch.empty(B, 0)
-        if cfg.scale_jitter:
-            side = 1 - cfg.scale_jitter * torch.rand(B, 1, generator=g)
-            window = torch.cat([side, (1 - side) * torch.rand(B, 2, generator=g)], 1)  # [B, 3]
-        if cfg.device == "cuda":  # bytes travel, the GPU cuts
-            pixels = torch.stack([item["image"] for item in items])                    # [B, 3, 8S, 8S]
-        else:                     # on a CPU each image is cut while it is still in the cache
-            pixels = torch.cat([cut(item["image"][None], n[None], w[None]) for item, n, w in zip(items, nodes, window)])     # [B, N, 3, S, S]
-        return {"pixels": pixels, "turns": turns, "nodes": nodes, "window": window, "valid": valid,
-                "ids": encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
-                "keywords": encode(unique), "bag_of": bag_of, "word": word, "w_valid": w_valid, "own": own, "pairs": self._pairs(valid, g),
-                "bag": torch.tensor([item["index"] for item in items]),
-                "free": torch.rand(valid.shape, generator=g) < self._passed(step),     # [B, N] no longer bound to the keywords of their own caption
-                "alpha": torch.tensor(cfg.alpha * min(1, step * cfg.bags / len(self.bags)))}   # over the first epoch, as ALBEF
-
-    def _passed(self, step):
-        """Share of the nodes that select keywords by similarity at this optimiser step: 0 at first, 1 at the end."""
-        cfg = self.cfg
-        return 0 if cfg.cvta_select == "own" else min(1, max(0, (step / cfg.steps - cfg.warm) / max(cfg.hand, 1e-9)))
-
-    def _at(self, position):
-        epoch, offset = divmod(position, len(self.bags))
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.bags))
-        return int(self._order[offset])
-
-    def _pairs(self, valid, g):
-        """Which patches ITM, MLM and PLM read: [M] numbers into B * N. Bags in random order, magnifications in turn, inside one
-        a valid node at random (where none is, an invalid one: the masks drop it)."""
-        B, N = valid.shape
-        sizes, rows = losses.level_sizes(N, self.cfg.children), []
-        order = torch.randperm(B, generator=g).tolist()
-        for r in range(max(1, round(self.cfg.pairs * B))):
-            i, level = order[r % B], (r + r // B) % len(sizes)
-            first = sum(sizes[:level])
-            score = torch.rand(sizes[level], generator=g) + valid[i, first : first + sizes[level]].float()
-            rows.append(i * N + first + int(score.argmax()))
-        return torch.tensor(rows)
-
-    def __len__(self):
-        return self.cfg.steps * self.cfg.accumulate
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser, weights, checkpoints
+# Model and optimiser
 
 def learning_rate(step, cfg):
     """Linear warm-up, then a cosine from lr to lr / 100 at the last step."""
@@ -277,13 +202,6 @@ def learning_rate(step, cfg):
         return cfg.lr * (step + 1) / cfg.warmup
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def mark_lengths(batch):
-    """Tell the compiler which sizes of a batch vary: captions and keywords are as long as their longest, keywords as many as there are.
-    All others are fixed, so that one graph serves every step."""
-    for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1)):
-        torch._dynamo.mark_dynamic(batch[name], axis)
 
 
 def make_optimizer(model, cfg, device):
@@ -298,16 +216,16 @@ def make_optimizer(model, cfg, device):
                              lr=cfg.lr, betas=(0.9, 0.98), fused=True)
 
 
-def build_model(cfg, tokenizer):
-    """MRPLIP of the configured size, with public weights in its towers where paths are given."""
+def build_model(cfg, tokenizer, pretrained=True):
+    """MRPLIP of the configured size, with public weights in its towers where paths are given (not where a checkpoint will fill them)."""
     torch.manual_seed(cfg.seed)
     size = networks.SIZES[cfg.size]
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
-    if cfg.vision_weights:
+    if pretrained and cfg.vision not in ("", "random"):
         side, clip = size["vision"]["size"], size["vision"].get("pre_norm", False)
-        weights.adopt_vision(model, weights.load_clip(cfg.vision_weights, size=side)[0] if clip else weights.load_vit(cfg.vision_weights, side))
-    if cfg.clip_weights:
-        weights.adopt_text(model, weights.load_clip(cfg.clip_weights)[1])
+        weights.adopt_vision(model, weights.load_clip(cfg.vision, size=side)[0] if clip else weights.load_vit(cfg.vision, side))
+    if pretrained and cfg.text not in ("", "random"):
+        weights.adopt_text(model, weights.load_clip(cfg.text)[1])
     return model
 
 
@@ -324,18 +242,19 @@ def learn_words(model, bags, tokenizer, cfg, context):
     rng, slides, levels = np.random.default_rng(cfg.seed), list(of_slide.values()), np.split(np.arange(85), [1, 5, 21])
     if len(slides) < 2:
         return
+    valid, said = np.asarray(bags.valid), functools.lru_cache(4096)(lambda i: bags.captions(i, range(85)))
     schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
     parameters = list(model.text.parameters())
     if cfg.plm:
         parameters += [p for part in (model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln) for p in part.parameters()] + [model.lm_bias]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
-    for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if losses.rank_offset(1) == 0 else True, dynamic_ncols=True):
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
+    for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if networks.rank() == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each
         for slide in rng.permutation(len(slides))[:32]:
             for nodes in levels:
                 for side, i in zip(pair, rng.choice(slides[slide], 2)):
-                    there = [n for n in nodes if bags.valid[i][n]] or [0]
-                    side.append(bags.captions(i, [rng.choice(there)])[0] or "")
+                    there = nodes[valid[i, nodes]]
+                    side.append(said(i)[rng.choice(there)] if len(there) else "")
         ids = text.trim(tokenizer.batch(pair[0] + pair[1], context), tokenizer.end).to(model.proj.weight.device)
         tokens, pooled = model.text(ids)                                               # [2M, T, Dt], [2M, d]
         a, b = F.normalize(pooled.float(), dim=-1).chunk(2)                            # [M, d] each
@@ -355,48 +274,43 @@ def learn_words(model, bags, tokenizer, cfg, context):
     model.zero_grad()  # of all, for the next words reach more than they train
 
 
-def save_checkpoint(folder, objective, optimizer, step, cfg):
-    """ckpt.pt (and the one before it as ckpt_prev.pt): each appears whole or not at all."""
-    new, old = Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"
-    torch.save({"model": objective.model.state_dict(), "memory": objective.memory(), "optimizer": optimizer.state_dict(), "step": step, "config": dataclasses.asdict(cfg)}, f"{new}.tmp")
-    if new.exists():
-        os.replace(new, old)
-    os.replace(f"{new}.tmp", new)
+# ----------------------------------------------------------------------------------------------------------------------
+# Small parts of the loop
+
+def mark_lengths(batch):
+    """Tell the compiler which sizes of a batch vary: captions and keywords are as long as their longest, keywords as many as there are.
+    All others are fixed, so that one graph serves every step."""
+    for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1)):
+        torch._dynamo.mark_dynamic(batch[name], axis)
 
 
-def load_checkpoint(folder, cfg, device):
-    """The newest readable checkpoint of a run, or None. ValueError when it was made with other settings, naming them."""
-    for path in (Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"):
-        if not path.exists():
-            continue
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as e:
-            print(f"{path} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
-            continue
-        free = ("device", "compile", "workers", "log_every", "save_every", "evaluate", "out", "data")  # do not change the run's result
-        was, now = state["config"], dataclasses.asdict(cfg)
-        other = [k for k in was | now if k not in free and was.get(k) != now.get(k)]
-        if other:
-            was = ", ".join(f"{k} {was.get(k)} -> {now.get(k)}" for k in other)
-            raise ValueError(f"{path} was trained with other settings ({was}): use them again, or another --out")
-        return state
-    return None
+@torch.no_grad()
+def validate(objective, batches, device, autocast, most=4):
+    """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}. Nothing is
+    enqueued, and batch norms of the tower use their averages."""
+    objective.eval()
+    total, n = 0, min(most, max(1, len(batches.bags) // (batches.local * batches.world)))
+    for i in range(n):
+        with autocast:
+            parts, _ = objective({k: x.to(device) for k, x in batches[i].items()})
+        total = total + torch.stack([*parts.values()])
+    objective.train()
+    objective.model.vision.train(not objective.cfg.freeze_vision)
+    mean = dict(zip(parts, losses.all_mean(total / n).tolist()))
+    return {"val_loss": sum(getattr(objective.cfg, k) * x for k, x in mean.items()), **{f"val_{k}": x for k, x in mean.items()}}
 
 
 def ignore_signals(_):
     """For the loader's processes: Ctrl-C and torchrun signal them too, but whether to stop is for the loop to say."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 
 
-def versions():
-    """What a log needs to be reproduced: library versions, machine, commit."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:
-        commit = ""
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "machine": platform.machine(), "git": commit}
+def keep_memory():
+    """Let glibc keep what large tensors leave. It would give each back to the system and pay for fresh pages at the next: a tenth of a step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2 ** 30), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,30 +319,37 @@ def main(argv):
     """Settings -> processes -> data -> model -> loop -> checkpoint -> evaluation."""
     cfg = parse(argv)
 
-    # Processes: torchrun sets RANK; without it this is the only one and the same code runs.
+    # Processes: torchrun (or SLURM's script in the README) sets RANK; without it this is the only one and the same code runs.
     distributed = "RANK" in os.environ
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = cfg.device
+    device, run, folder = cfg.device, Path(cfg.out), Path(cfg.data)
     if device == "cuda":
         torch.cuda.set_device(local)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if distributed:  # the time-out must outlast rank 0 making the data
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
-    say = tqdm.write if rank == 0 else lambda *_: None
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 remains
+    else:
+        keep_memory()
     if cfg.bags % (cfg.accumulate * world):
         raise ValueError(f"--bags {cfg.bags} cannot be split over {world} processes x {cfg.accumulate} micro-batches: use a multiple of {world * cfg.accumulate}")
+    if not list(run.glob("ckpt*.pt")):
+        for flag in SOURCES:
+            if getattr(cfg, flag) not in ("", "random") and not Path(getattr(cfg, flag)).exists():
+                raise ValueError(f"--{flag} {getattr(cfg, flag)} does not exist: {SOURCES[flag]}" + "; --vision random tries the code at full size without it" * (flag == "vision"))
+    if distributed:  # the time-out must outlast rank 0 making the data
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    say = tqdm.write if rank == 0 else lambda *_: None
+    say("settings: " + textwrap.fill("  ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != ""), 160, subsequent_indent="          ", break_on_hyphens=False))
 
     # Data, made by the first process while the others wait.
-    run, folder = Path(cfg.out), Path(cfg.data)
     if rank == 0:
-        if cfg.data == Config.data:
-            make_world(folder)
+        if cfg.data in WORLDS:
+            make_world(folder, **WORLDS[cfg.data])
         run.mkdir(parents=True, exist_ok=True)
     if distributed:
         dist.barrier()
     bags = data.BagDataset(folder / "train")
+    test = data.BagDataset(folder / "test") if cfg.eval_every or cfg.evaluate else None  # now, not after three days
     if rank == 0 and not ((run / "tokenizer.json").exists() and list(run.glob("ckpt*.pt"))):  # one left by a run that saved nothing may be of other settings
         if cfg.tokenizer:
             tokenizer = text.Tokenizer.from_clip(cfg.tokenizer)
@@ -437,143 +358,216 @@ def main(argv):
         tokenizer.save(run / "tokenizer.json")
     if distributed:
         if rank == 0:
-            text.count_corpus(folder / "train")  # kept beside the shards, where every process's batches find it
+            text.count_corpus(bags.folder)  # kept beside the shards, where every process's batches find it
         dist.barrier()
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
     context = networks.SIZES[cfg.size]["text"]["context"]
 
     # Model, optimiser, checkpoint.
-    model = build_model(cfg, tokenizer).to(device)
+    state, path = runs.read_checkpoint(run, device)
+    if state and (changed := runs.check_settings(state, path, cfg)):
+        say(changed)
+    model = build_model(cfg, tokenizer, pretrained=not state).to(device)
     if model.vision.size != bags.S:
         raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --patch-px {model.vision.size}")
     if cfg.freeze_vision:
         model.vision.requires_grad_(False).eval()  # its batch norms, where it has any, keep their averages
-        if device == "cuda":
-            for p in model.vision.parameters():  # casting the weights at every call would cost half as much again; buffers keep their digits
-                p.data = p.data.to(torch.bfloat16)
     if not (cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva):  # parts no loss reaches must not wait for gradients
         for m in (model.fuse_image, model.fuse_text, model.fuse_keyword, model.fusion, model.fusion_ln):
             m.requires_grad_(False)
-    optimizer = make_optimizer(model, cfg, device)
-    state, step = load_checkpoint(run, cfg, device), 0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        say(f"continuing {run} at step {step} of {cfg.steps}")
-    else:
-        if cfg.words and not cfg.clip_weights:
-            learn_words(model, bags, tokenizer, cfg, context)
-        if rank == 0:
-            (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    optimizer, step, skipped = make_optimizer(model, cfg, device), 0, 0
+    if not state and cfg.words and cfg.text in ("", "random"):
+        learn_words(model, bags, tokenizer, cfg, context)
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     if state:
-        objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
-        state = None  # or it would stay on the device
+        try:
+            objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            raise ValueError(f"{path} does not fit these settings ({str(e).strip().splitlines()[-1].strip()}): use those it was trained with, or another --out") from None
+        step, skipped = state["step"], state.get("skipped", 0)
+        say(f"continuing {run} at step {step} of {cfg.steps}")
+    elif rank == 0 and cfg.words:
+        runs.save_checkpoint(run, objective, optimizer, 0, cfg)  # the words are learnt
+    state = None  # or it would stay on the device
+    if rank == 0:
+        data.replace_file(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+
+    # A frozen tower: its features once, or its weights in bf16, for casting them at every call would cost half as much again.
+    features = {}
+    name = features_name(model) if cfg.cache else ""
+    if cfg.freeze_vision and device == "cuda":
+        for p in model.vision.parameters():  # parameters only: the pixel statistics keep their digits
+            p.data = p.data.to(torch.bfloat16)
+    for split in (bags, test) if cfg.cache and test else (bags,) if cfg.cache else ():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            cache_features(torch.compile(model.see) if cfg.compile else model.see, split, name, device, rank, world, cfg.workers)
+        features[split.folder] = Features(split, name)
+    if distributed and cfg.cache:
+        dist.barrier()
+
+    # One graph a step: networks, losses and, on a GPU, the augmentation.
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
-        # No broadcast of buffers: every process computes the same queues and batch statistics.
-        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, broadcast_buffers=False,
-                                          find_unused_parameters=not all(getattr(cfg, k) for k in LOSSES))
+        # No broadcast of buffers: every process computes the same queues and batch statistics. Static graph: which parameters get gradients
+        # does not change from step to step (torch 2.13 cannot have it together with no_sync, which accumulation needs).
+        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                          static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1 and not all(getattr(cfg, k) for k in LOSSES))
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{len(bags)} bags x 85 patches of {bags.S} px; {trainable / 1e6:.1f}M trainable parameters; {world} x {device}; "
-        f"{cfg.bags} bags a step = {cfg.bags * sum(cfg.children ** k for k in range(4))} patches")
+    nodes, rate = sum(cfg.children ** k for k in range(4)), runs.matmul_rate(device)
+    say(f"{len(bags)} bags x 85 patches of {bags.S} px; {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters; "
+        f"{world} x {device}, which multiplies matrices at {rate / 1e12:.2f} TFLOP/s; {cfg.bags} bags a step = {cfg.bags * nodes} patches" + ", from cached features" * cfg.cache)
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
-    batches = Batches(bags, tokenizer, cfg, context, rank, world)
-    if cfg.itm and batches.local == 1:
+    batches = Batches(bags, tokenizer, cfg, context, rank, world, features.get(bags.folder))
+    held_out = Batches(test, tokenizer, cfg, context, rank, world, features.get(test.folder), batches.corpus) if cfg.eval_every else None
+    if cfg.itm and cfg.bags == cfg.accumulate:
         say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
     if rank == 0:
         data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
-                             worker_init_fn=ignore_signals, pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None))
+    loader = ahead(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
+                              worker_init_fn=ignore_signals, pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None), device)
 
-    # A signal only raises a flag; the loop stops after the step, so nothing is half done. Several processes stop at a log step, where all learn of it.
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(True))
+    # A signal only raises a flag; the loop stops after the step, so nothing is half done. Several processes vote, one step late, on the CPU,
+    # so that no one waits for a GPU.
+    stop, vote, votes = [], None, torch.zeros(1)
+    for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number_, lambda *_: stop.append(True))
 
-    log = open(run / "log.jsonl", "a") if rank == 0 else None
+    log = tracker = None
     if rank == 0:
-        log.write(json.dumps({"started": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "world": world, **versions(), "config": dataclasses.asdict(cfg)}) + "\n")
+        log = runs.open_log(run)
+        log.write(json.dumps({"started": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "world": world, "matmul_tflops": rate / 1e12, **runs.versions(), "config": dataclasses.asdict(cfg)}) + "\n")
+        if cfg.wandb:
+            try:
+                import wandb  # only here: not needed otherwise
+            except ImportError:
+                raise ValueError("--wandb needs its package: pip install wandb") from None
+            tracker = wandb.init(project=cfg.wandb, name=run.name, id=f"{number(str(run.resolve())):x}", resume="allow", config=dataclasses.asdict(cfg))
+
+    def record(row):
+        """A line of the log, and its like elsewhere."""
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        if tracker:
+            tracker.log({k: x for k, x in row.items() if k != "step"}, step=row["step"])
+
+    running = list(model.buffers())                                                    # averages of batch norms
+    bad = torch.zeros(3, device=device)                                                # steps left out: in a row now, at most in a row, since the last log step
     bar = tqdm(total=cfg.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
-    sums, waited, since, start, warned = {}, 0.0, time.time(), step, set()
-    while step < cfg.steps:
+    sums, waited, flops, since, start, warned, halt = 0, 0.0, 0, time.time(), step, set(), False
+    while step < cfg.steps and not halt:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg) * group["factor"]
+        values, before = 0, [b.clone() for b in running]
         for micro in range(cfg.accumulate):
             wait = time.time()
             batch = next(loader)
             waited += time.time() - wait
-            batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+            flops += objective.flops(batch)
             if cfg.compile:
                 mark_lengths(batch)
-            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)  # masks, negatives, stains: a function of the step
-            pixels = batch["pixels"]
-            patches = pixels if pixels.dim() == 5 else cut(pixels, batch["nodes"], batch["window"])     # [B, N, 3, S, S]
-            patches = data.turn(patches, batch["turns"])
-            if cfg.jitter:
-                patches = data.stain_jitter(patches, cfg.jitter)
-            last = micro == cfg.accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)           # for --mrtva_pairs random: all other chance is in the batch
+            with contextlib.nullcontext() if micro == cfg.accumulate - 1 or world == 1 else forward.no_sync():
                 with autocast:
-                    parts, monitors = forward(patches, batch)
+                    parts, monitors = forward(batch)
                 loss = sum(getattr(cfg, name) * part for name, part in parts.items())
                 (loss / cfg.accumulate).backward()
-            for name, x in {"loss": loss, **parts, **monitors}.items():
-                sums[name] = sums.get(name, 0) + x.detach() / cfg.accumulate
+            values = values + torch.stack([loss, *parts.values(), *monitors.values()]).detach() / cfg.accumulate
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+
+        # A step whose loss or gradient is not finite is left out, by all processes alike and without asking the device.
+        good = norm.isfinite() & losses.all_mean(values[0]).isfinite()
+        optimizer.found_inf = (~good).float()                                          # fused AdamW then does nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
+            for buffer, old in zip(running, before):
+                buffer.copy_(torch.where(good, buffer, old))
             for scale in (model.itc_scale, model.cvta_scale):
                 scale.clamp_(-math.log(losses.TAU[1]), -math.log(losses.TAU[0]))
+            in_a_row = (bad[0] + 1) * ~good
+            bad = torch.stack([in_a_row, torch.maximum(bad[1], in_a_row), bad[2] + ~good])
+            sums = sums + torch.where(good, torch.cat([values, norm[None]]), 0)
         objective.follow()
         step += 1
         bar.update()
-        sums["grad"] = sums.get("grad", 0) + norm.detach()
 
-        halt = bool(stop) and world == 1
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            mean = torch.stack([*sums.values(), torch.tensor(float(bool(stop)), device=device)]) / (step - start)
-            *mean, stopping = losses.all_mean(mean).tolist()
-            mean, halt = dict(zip(sums, mean)), stopping > 0
-            speed = (step - start) * cfg.bags / (time.time() - since)
-            row = {"step": step, **mean, "lr": optimizer.param_groups[0]["lr"], "bags_per_s": speed, "wait": waited / (time.time() - since)}
-            if not np.isfinite(row["loss"]):
-                raise ValueError(f"the loss is {row['loss']} at step {step}: restart from {run}/ckpt.pt with a lower --lr ({cfg.lr})")
+        # Who was asked to stop? With several processes this is the answer to the step before.
+        if world > 1:
+            if vote:
+                vote.wait()
+            halt = votes.item() > 0
+            votes = torch.tensor([float(bool(stop))])
+            vote = None if halt else dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+        else:
+            halt = bool(stop)
+
+        if step % cfg.log_every == 0 or step == cfg.steps:                             # the only place where the loop waits for the device
+            *mean, _, worst, left_out = losses.all_mean(torch.cat([sums, bad])).tolist()
+            count, seconds = step - start, time.time() - since
+            mean = {name: x / max(1, count - left_out) for name, x in zip(("loss", *parts, *monitors, "grad"), mean)}
+            speed, skipped = count * cfg.bags / seconds, skipped + int(left_out)
+            row = {"step": step, **mean, "lr": optimizer.param_groups[0]["lr"], "bags_per_s": speed, "patches_per_s": speed * nodes, "wait": waited / seconds,
+                   "mfu": flops / seconds / rate, "memory_gb": runs.memory(device), "skipped": skipped}
             if rank == 0:
-                log.write(json.dumps(row) + "\n")
-                log.flush()
+                record(row)
                 bar.set_postfix_str(f"{speed:.1f} bags/s")
                 for name, warning in losses.warnings({**mean, "epoch": step * cfg.bags / len(bags)}).items():
                     if name not in warned and step > cfg.warmup:  # before that all is random
                         warned.add(name)
                         say(f"warning at step {step}: {warning}")
                 say(f"step {step:5d} | loss {row['loss']:7.3f} | " + " ".join(f"{k} {mean[k]:.3f}" for k in parts)
-                    + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors)
-                    + f" | lr {row['lr']:.1e} | {speed:.1f} bags/s | wait {row['wait']:.0%} | ETA {timedelta(seconds=int((cfg.steps - step) * cfg.bags / speed))}")
-            sums, waited, since, start = {}, 0.0, time.time(), step
+                    + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors) + f" | grad {mean['grad']:.2f} lr {row['lr']:.1e}" + f" skipped {skipped}" * (skipped > 0)
+                    + f" | {speed:.1f} bags/s {speed * nodes:.0f} patches/s wait {row['wait']:.0%} MFU {row['mfu']:.0%} {row['memory_gb']:.1f} GB"
+                    + f" | ETA {timedelta(seconds=int((cfg.steps - step) * seconds / count))}")
+            sums, bad, waited, flops, since, start = 0, bad * torch.tensor([1.0, 0, 0], device=device), 0.0, 0, time.time(), step
+            if worst >= 10:  # the weights are those before the first of them
+                if rank == 0:
+                    runs.save_checkpoint(run, objective, optimizer, step, cfg, skipped)
+                raise ValueError(f"{worst:.0f} steps in a row up to step {step} had a loss or gradient that is not finite; they were left out, and {run}/ckpt.pt holds the weights before them. "
+                                 f"The same command goes on behind them, with --change true under a lower --lr ({cfg.lr})")
+        if cfg.eval_every and step % cfg.eval_every == 0 and (step < cfg.steps or not cfg.evaluate):
+            pause, found = time.time(), validate(objective, held_out, device, autocast)
+            model.eval()
+            some = [evaluate.embed(model, b, evaluate.spread(len(b), n), device) for b, n in ((test, 60), (bags, 30))]
+            if rank == 0:
+                found.update(evaluate.glance(model, tokenizer, test, *some))
+                record({"step": step, **found})
+                say(f"step {step:5d} | held out: " + " ".join(f"{k.removeprefix('val_')} {x:.3f}" for k, x in found.items()))
+                runs.draw_curves([run], run / "curves.png")
+            model.train()
+            model.vision.train(not cfg.freeze_vision)
+            since += time.time() - pause
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
-            save_checkpoint(run, objective, optimizer, step, cfg)
-        if halt:
-            bar.close()
-            say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")
-            break
+            runs.save_checkpoint(run, objective, optimizer, step, cfg, skipped)
     bar.close()
+    if halt:
+        say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")
+    for number_, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGUSR1, signal.SIG_DFL)):
+        signal.signal(number_, usual)
     del loader, forward  # DDP holds on to the process group
+    if rank == 0:
+        runs.draw_curves([run], run / "curves.png")
+    if distributed:
+        dist.barrier()
+    if step == cfg.steps and cfg.evaluate:
+        evaluate.report(run, folder / "test", train=folder / "train", device=device)
     if distributed:
         dist.barrier()  # a process that leaves while another still tidies up can hang the other for good
         dist.destroy_process_group()
-    if rank == 0 and step == cfg.steps and cfg.evaluate:
-        import evaluate  # here, because the loop does not need it
-        evaluate.report(run, folder / "test", train=folder / "train", device=device)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    except (ValueError, OSError) as e:  # one that a loader's process raised carries that process's traceback before its own line
+        which = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error{which}: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues where it stopped")
+        print("interrupted; the same command continues where it stopped", file=sys.stderr, flush=True)
+    except Exception:
+        traceback.print_exc()
+    else:
+        sys.exit()
+    os._exit(1)  # at once: a tidy end would wait for loaders that ignore signals, and for processes that wait for this one

@@ -554,12 +554,13 @@ def test_zoom_by_hand():
 def test_stain_jitter():
     patches = data.pyramid(random_bags())
     assert torch.allclose(data.stain_jitter(patches, 0.0), patches.clamp(min=1 / 255), atol=1e-4)
-    a = data.stain_jitter(patches, 0.1, torch.Generator().manual_seed(1))
+    lot = torch.rand(len(patches), 2, 3, generator=torch.Generator().manual_seed(1))
+    a = data.stain_jitter(patches, 0.1, lot)
     assert a.shape == patches.shape and 0 <= a.min() and a.max() <= 1 and 0.005 < (a - patches).abs().mean() < 0.2
-    alone = data.stain_jitter(patches[:, 3:5], 0.1, torch.Generator().manual_seed(1))    # one stain per bag, for all its patches
+    alone = data.stain_jitter(patches[:, 3:5], 0.1, lot)    # one stain per bag, for all its patches
     assert torch.allclose(alone, a[:, 3:5], atol=1e-5)
     pure = (-torch.outer(torch.tensor([0.5, 1.0]), data.HED[0])).exp().view(1, 2, 3, 1, 1)  # two depths of haematoxylin
-    out = -data.stain_jitter(pure, 0.1, torch.Generator().manual_seed(2)).log().view(2, 3)
+    out = -data.stain_jitter(pure, 0.1, torch.rand(len(pure), 2, 3, generator=torch.Generator().manual_seed(2))).log().view(2, 3)
     deeper = (out[1] - out[0]) / data.HED[0]              # a gain keeps the colour of a stain and scales its depth
     assert torch.allclose(deeper, deeper[:1].expand(3), atol=1e-3) and 0.45 <= deeper[0] <= 0.55
 

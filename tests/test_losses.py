@@ -285,12 +285,12 @@ def test_hard_negatives_are_never_kin_and_prefer_the_similar():
     t = v.roll(2, 0)  # the caption most similar to image i stands two rows further, in another bag
     counts, images = torch.zeros(6, 6), torch.zeros(6, 6)
     for seed in range(200):
-        image, caption, ok = losses.hard_negatives(v, t, bag, 0.05, torch.ones(6), torch.Generator().manual_seed(seed))
+        image, caption, ok = losses.hard_negatives(v, t, bag, 0.05, torch.ones(6), torch.rand(6, 2, generator=torch.Generator().manual_seed(seed)))
         assert ok.all() and (bag[image] != bag).all() and (bag[caption] != bag).all()
         counts[torch.arange(6), caption] += 1
         images[torch.arange(6), image] += 1
     assert (counts.argmax(1) == torch.arange(6).add(2) % 6).all() and (images.argmax(1) == torch.arange(6).sub(2) % 6).all()
-    assert not losses.hard_negatives(v, t, torch.zeros(6), 0.05, torch.ones(6))[2].any()  # one bag alone: nothing to draw
+    assert not losses.hard_negatives(v, t, torch.zeros(6), 0.05, torch.ones(6), torch.rand(6, 2))[2].any()  # one bag alone: nothing to draw
 
 
 def test_itm_by_hand():
@@ -307,7 +307,7 @@ def test_corrupt_frequencies():
     ids[:, 0], ids[:, -1] = 97, 98
     real = torch.ones_like(ids, dtype=torch.bool)
     real[:, 40:] = False
-    out, labels = losses.corrupt(ids, real, 99, (97, 98, 99), generator=torch.Generator().manual_seed(1))
+    out, labels = losses.corrupt(ids, real, 99, (97, 98, 99), torch.rand(400, 3, 60, generator=torch.Generator().manual_seed(1)))
     asked = labels != -100
     assert not asked[:, 0].any() and not asked[:, 40:].any() and (labels[asked] == ids[asked]).all()
     assert asked[:, 1:40].float().mean().item() == pytest.approx(0.15, abs=0.01)
@@ -344,7 +344,7 @@ def test_soft_labels_equal_numpy():
 
 def test_prefix_always_leaves_something_to_predict():
     real = torch.arange(12)[None, :] < torch.randint(2, 12, (500, 1), generator=torch.Generator().manual_seed(0))
-    prefix = losses.split_prefix(real, torch.Generator().manual_seed(1))
+    prefix = losses.split_prefix(real, torch.rand(500, generator=torch.Generator().manual_seed(1)))
     assert (prefix >= 1).all() and (prefix < real.sum(1)).all() and prefix.unique().numel() > 8
 
 

@@ -88,9 +88,10 @@ def test_plm_cannot_see_the_token_it_predicts_through_the_whole_model():
 
 def test_pooled_visual_tokens_are_grid_means():
     m = tiny(fusion=dict(width=16, depth=1, heads=2, pool=1))
-    tokens = torch.randn(3, 5, 32)
-    expected = m.fuse_image(torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], 1)) + m.kind[0]
-    assert torch.allclose(m.visual_tokens(tokens), expected, atol=1e-6)
+    images = torch.rand(3, 3, 32, 32)
+    tokens = m.vision(images)
+    assert torch.allclose(m.see(images), torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-6)
+    assert tiny(fusion=dict(width=16, depth=1, heads=2, pool=0)).see(images).shape == tokens.shape
 
 
 def test_the_last_layer_may_compute_one_token_only():
@@ -133,7 +134,7 @@ def test_greedy_captions_are_the_likeliest_words_and_end():
     with torch.no_grad():
         for image, caption in zip(images, got):           # by hand: the whole sequence, no prefix argument but the mask it means
             ids = torch.tensor([[47, *Words().encode(caption)]])
-            visual = m.visual_tokens(m.vision(image[None]))
+            visual = m.visual_tokens(m.see(image[None]))
             x = torch.cat([visual, m.fuse_text(m.text(ids)[0]) + m.kind[1]], 1)
             L = x.shape[1]
             allowed = torch.ones(L, L).tril().bool()
@@ -173,8 +174,9 @@ def test_flops_are_what_torch_counts(stem, pool):
     T, V = 11, 1 + (pool or 4) ** 2
     visual, ids, images = torch.randn(1, V, 16), torch.randint(0, 40, (1, T)), torch.rand(1, 3, 64, 64)
     tokens, text = m.vision(images), m.text(ids)[0]
-    calls = {"vision": lambda: m.vision(images), "project": lambda: m.project(tokens), "visual_tokens": lambda: m.visual_tokens(tokens), "text": lambda: m.text(ids),
-             "fuse_with_text": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool()), "lm_logits": lambda: m.lm_logits(torch.randn(1, T, 16)),
+    calls = {"vision": lambda: m.vision(images), "project": lambda: m.project(tokens), "visual_tokens": lambda: m.visual_tokens(torch.randn(1, V, 32)), "text": lambda: m.text(ids),
+             "fuse_with_text": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool()),
+             "match": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool(), at=torch.tensor([3])), "lm_logits": lambda: m.lm_logits(torch.randn(1, T, 16)),
              "fuse_with_keywords": lambda: m.fuse_with_keywords(visual, torch.randn(1, 5, 12), torch.ones(1, 5).bool()),
              "heads": lambda: m.heads(torch.randn(1, 16), torch.ones(1).bool())}
     flops = m.flops(tokens=T, k_o=5)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 import model as networks
 import train
+from batches import Batches
 from objective import Objective
 from test_losses import cvta_numpy, itc_numpy
 
@@ -33,7 +34,7 @@ def settings(**other):
 
 
 def a_batch(B=4, N=15, K=7, seed=0):
-    """Patches [B, N, 3, 32, 32] and what goes with them, as train.Batches makes it: captions of unequal length, invalid nodes, missing
+    """Patches [B, N, 3, 32, 32] and what goes with them, as batches.Batches makes it: captions of unequal length, invalid nodes, missing
     keywords, and one keyword in two bags."""
     g = torch.Generator().manual_seed(seed)
     length = torch.randint(3, 10, (B, N, 1), generator=g)                              # start and end id included
@@ -46,6 +47,7 @@ def a_batch(B=4, N=15, K=7, seed=0):
     valid = torch.rand(B, N, generator=g) < 0.8
     valid[:, 0] = True
     return torch.rand(B, N, 3, 32, 32, generator=g), {
+        "lot_mask": torch.rand(2 * B, 3, 12, generator=g), "lot_prefix": torch.rand(2 * B, generator=g), "lot_negative": torch.rand(2 * B, 2, generator=g),
         "valid": valid, "ids": ids, "keywords": words, "bag_of": torch.arange(B * K).view(B, K),
         "word": (words * torch.tensor([1, 41, 1681, 68921])).sum(1).view(B, K),
         "w_valid": torch.rand(B, K, generator=g) < 0.8, "own": torch.rand(B, N, K, generator=g) < 0.4, "free": torch.rand(B, N, generator=g) < 0.5,
@@ -53,12 +55,12 @@ def a_batch(B=4, N=15, K=7, seed=0):
 
 
 def fixed_draws(patch=setattr):
-    """MLM's masks and PLM's prefixes as functions of the caption, so that two runs may be compared row by row."""
-    def corrupt(ids, real, mask_id, special):
+    """MLM's masks and PLM's prefixes as functions of the caption, so that a transcription may be compared row by row."""
+    def corrupt(ids, real, mask_id, special, lot):
         chosen = real & (ids < 40) & ((ids * 7 + torch.arange(ids.shape[1]) * 5) % 3 == 0)
         return torch.where(chosen, mask_id, ids), torch.where(chosen, ids, -100)
     patch(losses, "corrupt", corrupt)
-    patch(losses, "split_prefix", lambda real: 1 + real.sum(1) // 3)
+    patch(losses, "split_prefix", lambda real, lot: 1 + real.sum(1) // 3)
 
 
 # ---- ALBEF ------------------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def test_albef_agrees_on_the_same_features_queues_and_alpha():
     weights = weights / weights.sum(1, keepdim=True)
     drawn = torch.zeros(n, n)
     for seed in range(2000):
-        drawn[torch.arange(n), losses.hard_negatives(image, text, torch.arange(n), tau, torch.ones(n), torch.Generator().manual_seed(seed))[1]] += 1
+        drawn[torch.arange(n), losses.hard_negatives(image, text, torch.arange(n), tau, torch.ones(n), torch.rand(n, 2, generator=torch.Generator().manual_seed(seed)))[1]] += 1
     assert (drawn / 2000 - weights).abs().max() < 4 * 0.5 / 2000 ** 0.5
     logits = torch.randn(3 * n, 2)
     expected = F.cross_entropy(logits, torch.cat([torch.ones(n), torch.zeros(2 * n)]).long())
@@ -137,7 +139,7 @@ def test_alpha_and_queue_cost_nothing_when_0():
     assert set(plain.state_dict()) == {f"model.{k}" for k in plain.model.state_dict()} and plain.memory() == {}
     def flops(objective):
         with FlopCounterMode(display=False) as count:
-            sum(objective(patches, batch)[0].values()).backward()
+            sum(objective(batch | {"pixels": patches})[0].values()).backward()
         return count.get_total_flops()
     spent = {name: flops(Objective(small(), settings(**other))) for name, other in
              dict(plain={}, queue=dict(queue=8), alpha=dict(alpha=0.4), ema=dict(cvta_select="ema")).items()}
@@ -148,7 +150,7 @@ def test_nothing_reaches_a_stopped_target():
     patches, batch = a_batch()
     objective = Objective(small(), settings(alpha=0.4, queue=50, cvta_select="ema"))
     for _ in range(2):  # the second time with a filled queue
-        parts, _ = objective(patches, batch)
+        parts, _ = objective(batch | {"pixels": patches})
         sum(parts.values()).backward()
     assert all(p.grad is None for p in objective.slow.parameters()) and all(p.grad is not None for p in objective.model.parameters())
     assert not objective.queue_v.requires_grad and (objective.queue_bag >= 0).sum() > 30
@@ -165,7 +167,7 @@ def test_the_queue_holds_the_last_valid_patches_and_their_kin():
     for step in range(3):
         patches, batch = a_batch(seed=step)
         batch["bag"] = batch["bag"] + 10 * step
-        _, monitor = objective(patches, batch)
+        _, monitor = objective(batch | {"pixels": patches})
         seen.append(batch["bag"][:, None].expand(4, 15)[batch["valid"]])
     seen = torch.cat(seen)
     filled = objective.queue_bag >= 0
@@ -179,7 +181,7 @@ def test_the_objective_term_by_term(monkeypatch):
     """Two steps (the second with a queue of the first) of a model and a momentum model that differ, against the networks called one by one and
     the losses' transcriptions in NumPy; and MRTVA's gradient, which must not see the target."""
     fixed_draws(monkeypatch.setattr)
-    monkeypatch.setattr(losses, "hard_negatives", lambda v, t, bag, tau, valid: (torch.arange(len(bag)).roll(2), torch.arange(len(bag)).roll(3), valid))
+    monkeypatch.setattr(losses, "hard_negatives", lambda v, t, bag, tau, valid, lot: (torch.arange(len(bag)).roll(2), torch.arange(len(bag)).roll(3), valid))
     cfg = settings(alpha=0.4, queue=40, kin=0.3, cvta_negatives="bag", mrtva_pairs="edges")
     objective = Objective(small(), cfg)
     with torch.no_grad():
@@ -192,18 +194,18 @@ def test_the_objective_term_by_term(monkeypatch):
     for step in range(2):
         patches, b = a_batch(seed=step)
         b["bag"], valid, ids, row = b["bag"] + step, b["valid"].flatten(), b["ids"].flatten(0, 1), b["pairs"]  # bags 6, 7, 8 come again
-        got, monitor = objective(patches, b)
+        got, monitor = objective(b | {"pixels": patches})
         bag, level = b["bag"].repeat_interleave(15), torch.tensor([1.0] + [0.5] * 2 + [0.25] * 4 + [0.125] * 8)
         weight = (b["valid"] * level).flatten()
         images = patches.flatten(0, 1)
-        v, t, slow_v, slow_t = m.encode_image(images), m.encode_text(ids), s.project(s.vision(images)), F.normalize(s.text(ids)[1], dim=-1)
+        v, t, slow_v, slow_t = m.encode_image(images), m.encode_text(ids), s.project(s.see(images)), F.normalize(s.text(ids)[1], dim=-1)
         tau, tau_cvta = (-m.itc_scale).exp().item(), (-m.cvta_scale).exp().item()
         queue = [array(torch.stack(x[-40:])) for x in old] if step else None
         expected = {"itc": itc_numpy(array(v), array(t), bag.numpy(), tau, array(weight), 0.3, (array(slow_v), array(slow_t)), queue, a)}
         for slots, rows in zip(old, (slow_v, slow_t, bag)):
             slots += list(rows[valid].detach())
         # what the fusion reads: one row at a time, no padding
-        visual, slow_visual = m.visual_tokens(m.vision(images)), s.visual_tokens(s.vision(images))
+        visual, slow_visual = m.visual_tokens(m.see(images)), s.visual_tokens(s.see(images))
 
         def fused(net, image, caption, prefix=None):
             seen = torch.ones(1, len(caption), dtype=torch.bool)
@@ -257,7 +259,7 @@ def test_the_objective_term_by_term(monkeypatch):
 
 def values(batch_and_patches, cfg=None, **other):
     patches, batch = batch_and_patches
-    parts, _ = Objective(small(), cfg or settings(alpha=0.4, queue=50, itm=0.0, **other))(patches, batch)  # ITM draws at random
+    parts, _ = Objective(small(), cfg or settings(alpha=0.4, queue=50, itm=0.0, **other))(batch | {"pixels": patches})  # ITM draws by position
     return {k: x.item() for k, x in parts.items()}
 
 
@@ -291,7 +293,7 @@ def test_padding_and_order_change_nothing(monkeypatch, select, negatives):
     assert close(torch.cat([patches, more]), {k: torch.cat([batch[k], extra[k]]) for k in ("ids", "own", "free")} | {
         "valid": torch.cat([batch["valid"], extra["valid"] & False]), "w_valid": torch.cat([batch["w_valid"], extra["w_valid"] & (negatives == "bag")]),
         "keywords": torch.cat([batch["keywords"], extra["keywords"]]), "bag_of": torch.cat([batch["bag_of"], extra["bag_of"] + 28]),
-        "word": torch.cat([batch["word"], extra["word"]]), "bag": torch.cat([batch["bag"], torch.tensor([99])]), "pairs": batch["pairs"], "alpha": batch["alpha"]})
+        "word": torch.cat([batch["word"], extra["word"]]), "bag": torch.cat([batch["bag"], torch.tensor([99])]), "pairs": batch["pairs"], "alpha": batch["alpha"], **{k: batch[k] for k in batch if k.startswith("lot")}})
 
 
 def test_one_bag_and_no_keywords_still_train():
@@ -299,7 +301,7 @@ def test_one_bag_and_no_keywords_still_train():
     for other in ({}, {"w_valid": batch["w_valid"] & False}, {"valid": batch["valid"] & False}):
         for pairs in losses.PAIRS:
             objective = Objective(small(), settings(alpha=0.4, queue=7, mrtva_pairs=pairs))
-            parts, monitor = objective(patches, batch | other)
+            parts, monitor = objective(batch | other | {"pixels": patches})
             sum(parts.values()).backward()
             assert all(x.isfinite() for x in (*parts.values(), *monitor.values())), (other, pairs)
             assert all(p.grad is None or p.grad.isfinite().all() for p in objective.model.parameters())
@@ -307,7 +309,7 @@ def test_one_bag_and_no_keywords_still_train():
 
 
 def test_nodes_hand_over_one_by_one():
-    batches = train.Batches.__new__(train.Batches)
+    batches = Batches.__new__(Batches)
     batches.cfg = train.Config(steps=100, warm=0.6, hand=0.2)
     assert [round(batches._passed(step), 6) for step in (0, 59, 60, 65, 70, 80, 99)] == [0, 0, 0, 0.25, 0.5, 1, 1]
     batches.cfg = dataclasses.replace(batches.cfg, hand=0.0)
@@ -326,19 +328,19 @@ from objective import Objective
 torch.set_num_threads(1)
 out, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method="file://" + out + "/group" + str(world), rank=rank, world_size=world)
-t.fixed_draws()
 for name, other in t.VARIANTS.items():
-    objective = Objective(t.small(stem="conv").double(), t.settings(alpha=0.4, queue=97, itm=0.0, **other))
+    objective = Objective(t.small(stem="conv").double(), t.settings(alpha=0.4, queue=97, **other))
     ddp = torch.nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
     optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.05)
     seen, n = [], 4 // world
     for step in range(3):
         patches, batch = t.a_batch(seed=step)
         mine = slice(rank * n, (rank + 1) * n)
-        part = {{k: x[mine] for k, x in batch.items() if k not in ("alpha", "pairs")}} | {{"alpha": batch["alpha"]}}
+        part = {{k: x[mine] for k, x in batch.items() if k not in ("alpha", "pairs") and k[:3] != "lot"}} | {{"alpha": batch["alpha"]}}
         part["keywords"], part["bag_of"] = batch["keywords"][part["bag_of"]].flatten(0, 1), torch.arange(n * 7).view(n, 7)
+        part |= {{k: x[2 * rank * n : 2 * (rank + 1) * n] for k, x in batch.items() if k[:3] == "lot"}}
         part["pairs"] = batch["pairs"][2 * rank * n : 2 * (rank + 1) * n] - 15 * rank * n
-        parts, _ = ddp(patches[mine].double(), part)  # double, so that what differs is not rounding
+        parts, _ = ddp(part | {{"pixels": patches[mine].double()}})  # double, so that what differs is not rounding
         optimizer.zero_grad()
         sum(parts.values()).backward()
         mean = losses.all_mean(torch.stack([x.detach() for x in parts.values()]))
@@ -357,8 +359,7 @@ VARIANTS = {"batch": dict(cvta_negatives="batch", cvta_select="ema", mrtva_pairs
 
 
 def test_any_number_of_processes_computes_the_same(tmp_path):
-    """Losses, every parameter's gradient, momentum model, queues and batch statistics, over three steps of one, two and four processes.
-    (ITM is not among them: its negatives are drawn, from the process's own patches.)"""
+    """Losses, every parameter's gradient, momentum model, queues and batch statistics, over three steps of one, two and four processes."""
     script = tmp_path / "many.py"
     script.write_text(MANY.format(root=str(ROOT)))
     running = [subprocess.Popen([sys.executable, str(script), str(tmp_path), str(rank), str(world)], stderr=subprocess.PIPE, text=True)

@@ -93,7 +93,7 @@ def test_cells_are_alike_at_10x_and_differ_at_20x():
     def spectrum_gap(reduce, channel):
         pictures = {}
         for kind in synthetic.CYTOLOGIES:
-            cells = [synthetic.sprite(np.random.default_rng(i), kind, 9.5, 0.0, 0.0)[..., channel] for i in range(8)]
+            cells = [synthetic.sprites(np.random.default_rng(i), kind, 9.5, [0.0], 0.0)[0, ..., channel] for i in range(8)]
             cells = [np.pad(c, (48 - len(c)) // 2 + 1)[:48, :48].reshape(48 // reduce, reduce, 48 // reduce, reduce).mean((1, 3)) for c in cells]
             pictures[kind] = np.mean([np.abs(np.fft.fft2(c)) for c in cells], 0)
         mean = np.mean(list(pictures.values()), 0)

@@ -1,0 +1,236 @@
+"""What one training step sees: batches as a function of the step number, and the features of a frozen tower, computed once.
+
+Three ideas carry this file:
+
+1. Batch i is made from (seed, i) alone, for all processes together; each then takes its own rows. So a run that was killed needs no
+   saved loader, two processes see what one would, and a run may go on with another number of them.
+2. All chance is in the batch: which nodes, turns, stains, masks, prefixes, negatives. The networks and losses are functions of it,
+   and no generator's state has to be saved.
+3. Bytes travel, the device works: a bag crosses to the GPU as one uint8 picture, and is cut, turned and stained there (`augment`).
+
+Shape letters: B bags of this process, G those of all processes, N nodes per bag, M patches that the caption losses read, U distinct
+keywords, K keywords of a bag, S pixels per patch side, T text tokens, V visual tokens of the fusion, Dv the vision tower's width.
+
+References: [1] MR-PLIP, CVPR 2025.
+"""
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import losses
+import synthetic
+import text
+
+
+def make_world(folder, train=300, test=60, size=1024, patch_px=64):
+    """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
+    is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared.
+    Many small slides rather than few large ones: all patches of a slide share one stain and repeat one label."""
+    for split, first, count in (("train", 0, train), ("test", train, test)):
+        slides, shards = Path(folder) / "slides" / split, Path(folder) / split
+        paths = synthetic.make_slides(slides, count, seed=0, first=first, size=size)
+        data.tile(paths, shards, patch_px=patch_px, fov_px=64, seed=0, workers=2)
+        synthetic.describe(shards, slides, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+def number(word):
+    """A keyword as an integer, the same in every process (Python's own hash is not)."""
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Batches(Dataset):
+    """Batch number i, the rows of this process: see the top of the file. What it holds is listed in `Objective.forward`.
+
+    Every epoch is a new permutation of all bags, dealt out in order: each bag is seen once an epoch, whatever the number of processes.
+    Draws are made for all G bags of a batch, so that those of a bag do not depend on which process has it."""
+
+    def __init__(self, bags, tokenizer, cfg, context, rank=0, world=1, features=None, corpus=None):
+        self.bags, self.tokenizer, self.cfg, self.context, self.rank, self.world, self.features = bags, tokenizer, cfg, context, rank, world, features
+        self.local = cfg.bags // (cfg.accumulate * world)
+        self.corpus, self.textual_bag = corpus or text.count_corpus(bags.folder), {}   # bag index -> its keywords, the latest 4,096
+
+    def __getitem__(self, i):
+        cfg, B, G, step = self.cfg, self.local, self.local * self.world, i // self.cfg.accumulate
+        g, mine = torch.Generator().manual_seed(hash((cfg.seed, i)) % 2 ** 63), slice(self.rank * B, self.rank * B + B)
+        index = [self._at(i * G + self.rank * B + j) for j in range(B)]
+        nodes = data.sample_nodes(G, cfg.children, g)[mine]                            # [B, N]
+        valid = self.bags.valid[index].gather(1, nodes)                                # [B, N]
+        pairs, lots = self._pairs(valid, g), self._lots(g)
+        captions = [[c or "" for c in self.bags.captions(j, row)] for j, row in zip(index, nodes.tolist())]
+        batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid, "pairs": pairs, **lots, **self._words(index, captions),
+                 "ids": self._encode([c for row in captions for c in row]).view(B, nodes.shape[1], -1),
+                 "free": torch.rand(G, nodes.shape[1], generator=g)[mine] < self._passed(step),   # [B, N] no longer bound to the keywords of their own caption
+                 "alpha": torch.tensor(cfg.alpha * min(1, step * cfg.bags / len(self.bags)))}     # over the first epoch, as ALBEF
+        if self.features:
+            batch["tokens"] = torch.stack([self.features.read(j, row) for j, row in zip(index, nodes)])  # [B, N, V, Dv]
+            return batch
+        if cfg.turns:
+            batch["turns"] = torch.randint(0, 8, (G,), generator=g)[mine]
+        if cfg.jitter:
+            batch["stain"] = torch.rand(G, 2, 3, generator=g)[mine]
+        images = [self.bags[j]["image"] for j in index]
+        if cfg.scale_jitter:
+            side = 1 - cfg.scale_jitter * torch.rand(G, 1, generator=g)
+            batch["window"] = torch.cat([side, (1 - side) * torch.rand(G, 2, generator=g)], 1)[mine]     # [B, 3]
+        if cfg.device == "cuda":
+            batch["pixels"] = torch.stack(images)                                      # [B, 3, 8S, 8S]
+        else:                     # on a CPU each image is cut while it is still in the cache
+            window = batch.pop("window", [None] * B)
+            batch["pixels"] = torch.cat([cut(image[None], n[None], w if w is None else w[None]) for image, n, w in zip(images, nodes, window)])    # [B, N, 3, S, S]
+        return batch
+
+    def __len__(self):
+        return self.cfg.steps * self.cfg.accumulate
+
+    def _at(self, position):
+        epoch, offset = divmod(position, len(self.bags))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.bags))
+        return int(self._order[offset])
+
+    def _passed(self, step):
+        """Share of the nodes that select keywords by similarity at this optimiser step: 0 at first, 1 at the end."""
+        cfg = self.cfg
+        return 0 if cfg.cvta_select == "own" else min(1, max(0, (step / cfg.steps - cfg.warm) / max(cfg.hand, 1e-9)))
+
+    def _rows(self):
+        """How many patches of this process ITM, MLM and PLM read: M."""
+        return max(1, round(self.cfg.pairs * self.local))
+
+    def _pairs(self, valid, g):
+        """Which patches these are: [M] numbers into B * N. Bags in order, magnifications in turn, inside one a valid node at random
+        (where none is, an invalid one: the masks drop it)."""
+        (B, N), M = valid.shape, self._rows()
+        sizes, shift = losses.level_sizes(N, self.cfg.children), int(torch.randint(0, 4, (), generator=g))
+        score = valid + torch.rand(B * self.world, N, generator=g)[self.rank * B : self.rank * B + B]     # [B, N]
+        best = [level.argmax(1) + sum(sizes[:k]) for k, level in enumerate(score.split(sizes, 1))]     # of each level, [B]
+        k = torch.arange(M)
+        bag, level = k * B // M, (k + self.rank * M + shift) % len(sizes)
+        return bag * N + torch.stack(best, 1)[bag, level]
+
+    def _lots(self, g):
+        """Uniform numbers in [0, 1) for what is drawn per row: MLM's masks, PLM's prefix, ITM's negatives."""
+        M = self._rows()
+        mine = slice(self.rank * M, self.rank * M + M)
+        return {name: torch.rand(M * self.world, *shape, generator=g)[mine] for name, shape in (("lot_mask", (3, self.context)), ("lot_prefix", ()), ("lot_negative", (2,)))}
+
+    def _words(self, index, captions):
+        """The textual bags: tensors about the keywords of each bag, and every distinct keyword once."""
+        K, B, N = self.cfg.keywords, len(captions), len(captions[0])
+        words, own, w_valid = [], torch.zeros(B, N, K, dtype=torch.bool), torch.zeros(B, K, dtype=torch.bool)
+        for j, key in enumerate(index):
+            if key not in self.textual_bag:
+                if len(self.textual_bag) == 4096:
+                    self.textual_bag.clear()
+                self.textual_bag[key] = text.keyword_bag(self.bags.captions(key), K, self.corpus)
+            words.append(self.textual_bag[key])
+            own[j, :, : len(words[j])] = torch.from_numpy(text.keyword_owners(captions[j], words[j]))
+            w_valid[j, : len(words[j])] = True
+        unique = sorted({k for bag in words for k in bag}) or [""]                     # each keyword is encoded once a batch
+        at = {k: u for u, k in enumerate(unique)}
+        bag_of = torch.tensor([[at[k] for k in bag] + [0] * (K - len(bag)) for bag in words])
+        word = torch.tensor([number(k) for k in unique])[bag_of]                       # [B, K]
+        unique += [""] * (-len(unique) % 64)                                           # few distinct shapes for the compiler
+        ids = text.trim(self.tokenizer.batch(unique, self.context), self.tokenizer.end)
+        return {"keywords": ids, "bag_of": bag_of, "word": word, "w_valid": w_valid, "own": own}
+
+    def _encode(self, captions):
+        """Captions -> ids [B N, T], as long as the longest; with several processes as long as can be, for they exchange rows."""
+        ids = self.tokenizer.batch(captions, self.context)
+        return ids if self.world > 1 else text.trim(ids, self.tokenizer.end)
+
+
+def cut(images, nodes, window=None):
+    """Bags uint8 [B, 3, 8S, 8S] -> the patches of `nodes` [B, N], in the `window` [B, 3] of each bag or all of it: float [B, N, 3, S, S]."""
+    return data.pyramid(images if window is None else data.zoom(images, window), nodes=nodes)
+
+
+def augment(batch, jitter):
+    """batch -> its patches [B, N, 3, S, S] in [0, 1], cut from the bags, turned, mirrored and stained, on whatever device they are."""
+    patches = batch["pixels"]
+    if patches.dim() == 4:
+        patches = cut(patches, batch["nodes"], batch.get("window"))
+    if "turns" in batch:
+        patches = data.turn(patches, batch["turns"])
+    return data.stain_jitter(patches, jitter, batch["stain"]) if "stain" in batch else patches
+
+
+def ahead(loader, device):
+    """Batches of a loader on the device. On a GPU the next one is copied, on a stream of its own, while this one is worked on."""
+    if device != "cuda":
+        yield from loader
+        return
+    stream, ready = torch.cuda.Stream(), None
+    for batch in loader:
+        with torch.cuda.stream(stream):
+            coming = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream().wait_stream(stream)
+        for x in coming.values():
+            x.record_stream(torch.cuda.current_stream())  # or its memory might be given away while the step still reads it
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The features of a frozen tower: UNI reads 34 million patches once and not once an epoch
+
+class Features:
+    """Vision tokens of all bags of a folder, computed before: `read(i, nodes [N])` -> float16 [N, V, Dv].
+
+    One file a shard beside it, bags-000000.<name>.npy, float16 [bags, 85, V, Dv], read where it is asked for."""
+
+    def __init__(self, bags, name):
+        self.paths, self.first = [shard.with_suffix(f".{name}.npy") for shard in bags.shards], np.searchsorted(bags.shard_of, np.arange(len(bags.shards)))
+        self.shard_of = bags.shard_of
+
+    def read(self, i, nodes):
+        """Bag number i, node numbers nodes [N] -> float16 [N, V, Dv]."""
+        shard = self.shard_of[i]
+        return torch.from_numpy(np.load(self.paths[shard], mmap_mode="r")[i - self.first[shard], nodes.numpy()])
+
+
+def features_name(model):
+    """What the features of a model's vision tower are called: a hash of its weights, the pixels it reads and the tokens that are kept."""
+    digest = hashlib.sha256(f"{model.vision.size} {model.pool}".encode())
+    for name, x in sorted(model.vision.state_dict().items()):
+        digest.update(name.encode() + x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return f"{digest.hexdigest()[:12]}-{model.vision.size}"
+
+
+@torch.no_grad()
+def cache_features(see, bags, name, device, rank=0, world=1, workers=0):
+    """One pass of the vision tower over all bags of a folder, shards dealt out to the processes; shards that are finished are skipped, so
+    the same call continues. see: `model.see`, compiled or not; images [85, 3, S, S] -> tokens [85, V, Dv]."""
+    features = Features(bags, name)
+    todo = [k for k, path in enumerate(features.paths) if not path.exists()][rank::world]
+    order = [i for k in todo for i in np.flatnonzero(bags.shard_of == k).tolist()]
+    loader = DataLoader(bags, batch_size=None, sampler=order, num_workers=workers, pin_memory=device == "cuda", prefetch_factor=4 if workers else None)
+    rows, late = [], None
+
+    def keep():  # the tokens of the bag before: the GPU has the next one to do meanwhile
+        rows.append(late.to("cpu", torch.float16).numpy())
+
+    for item in tqdm(loader, desc="features", unit="bag", disable=None if rank == 0 else True, dynamic_ncols=True, initial=0):
+        image = item["image"][None].to(device, non_blocking=True)
+        tokens = see(data.pyramid(image)[0])                                           # [85, V, Dv]
+        if late is not None:
+            keep()
+        late, i = tokens, item["index"]
+        if i + 1 == len(bags) or bags.shard_of[i + 1] != bags.shard_of[i]:
+            keep()
+            content = io.BytesIO()
+            np.save(content, np.stack(rows))
+            data.replace_file(features.paths[bags.shard_of[i]], content.getbuffer())
+            rows, late = [], None

@@ -1,0 +1,103 @@
+"""pytest tests/test_batches.py — what a step sees, and what is left of a run."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import losses
+import runs
+import text
+import train
+from batches import Batches, augment
+
+
+@pytest.fixture(scope="module")
+def parts(world):
+    bags = data.BagDataset(world / "train")
+    return bags, text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
+
+
+def test_batches_depend_on_the_step_alone_and_cover_an_epoch(world):
+    cfg = train.parse(["--bags", "4"])
+    bags = data.BagDataset(world / "train")
+    tokenizer = text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
+    one, again = Batches(bags, tokenizer, cfg, 64)[3], Batches(bags, tokenizer, cfg, 64)[3]
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    halves = [Batches(bags, tokenizer, cfg, 64, rank, 2) for rank in (0, 1)]
+    order = [h._at((i * 2 + r) * 2 + j) for i in range(len(bags) // 4) for r, h in enumerate(halves) for j in range(2)]
+    assert len(set(order)) == len(order) and len(order) > len(bags) - 4  # both ranks together: no bag twice in an epoch
+    assert torch.equal(one["bag"], torch.tensor([Batches(bags, tokenizer, cfg, 64)._at(12 + j) for j in range(4)]))
+    shared = {w.item() for w in one["word"][0][one["w_valid"][0]]} & {w.item() for w in one["word"][1][one["w_valid"][1]]}
+    said = lambda b: {tuple(one["keywords"][k].tolist()) for k in one["bag_of"][b][one["w_valid"][b]]}
+    assert len(shared) == len(said(0) & said(1)) > 0  # equal numbers stand for equal keywords
+    ramp = [Batches(bags, tokenizer, train.parse(["--bags", "4", "--alpha", "0.4", "--accumulate", "2"]), 64)[i]["alpha"].item() for i in (0, 1, 2, 1000)]
+    assert ramp == pytest.approx([0, 0, 0.4 * 4 / len(bags), 0.4])  # over the first epoch
+    own = one["own"]  # a keyword owned by a node stands in its caption
+    words = [tokenizer.decode(k.tolist()) for k in one["keywords"]]
+    b, n, k = own.nonzero()[0].tolist()
+    assert words[one["bag_of"][b, k]].split()[0][:4] in tokenizer.decode(one["ids"][b, n].tolist())
+
+
+def test_scale_jitter_enlarges_squares_of_a_bag(world):
+    bags = data.BagDataset(world / "train")
+    tokenizer = text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
+    plain, again, zoomed = (Batches(bags, tokenizer, train.parse(["--bags", "4", "--scale_jitter", s]), 64)[3] for s in ("0", "0", "0.5"))
+    assert torch.equal(plain["pixels"], again["pixels"]) and "window" not in plain
+    cuda = train.dataclasses.replace(train.parse(["--bags", "4", "--scale_jitter", "0.5"]), device="cuda")             # leaves the cutting to the device
+    window = Batches(bags, tokenizer, cuda, 64)[3]["window"]
+    side, corner = window[:, :1], window[:, 1:]
+    assert (side >= 0.5).all() and (side < 1).all() and (corner >= 0).all() and (corner + side <= 1).all()
+    assert zoomed["pixels"].shape == plain["pixels"].shape and not torch.equal(zoomed["pixels"], plain["pixels"])
+    b = int(side.argmin())  # the enlarged parent is that square of the bag
+    i = Batches(bags, tokenizer, train.parse(["--bags", "4"]), 64)._at(3 * 4 + b)
+    n, image = 8 * bags.S, bags[i]["image"].float()
+    s, y, x = (int(round(v * n)) for v in window[b].tolist())
+    want = torch.nn.functional.interpolate(image[None, :, y:y + s, x:x + s], size=(bags.S, bags.S), mode="area")[0] / 255
+    assert (zoomed["pixels"][b, 0] - want).abs().mean() < 0.02 < (plain["pixels"][b, 0] - want).abs().mean()
+    with pytest.raises(ValueError, match="scale_jitter"):
+        train.parse(["--scale_jitter", "1"])
+
+
+def test_global_batch_of_level_sizes():
+    assert losses.level_sizes(85, 4) == [1, 4, 16, 64] and losses.level_sizes(4, 1) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("children, pairs", [("1", "0.5"), ("2", "4")])
+def test_the_processes_of_a_batch_have_together_what_one_would(parts, children, pairs):
+    """Rows in rank order, whatever the number of processes: nothing in a batch depends on it."""
+    bags, tokenizer = parts
+    cfg = train.parse(["--bags", "8", "--children", children, "--pairs", pairs, "--alpha", "0.4", "--warm", "0", "--hand", "1", "--steps", "9", "--scale_jitter", "0.3"])
+    whole = Batches(bags, tokenizer, cfg, 64)[5]
+    N = whole["nodes"].shape[1]
+    for world in (2, 4):
+        shares = [Batches(bags, tokenizer, cfg, 64, rank, world)[5] for rank in range(world)]
+        for k in ("bag", "nodes", "valid", "turns", "stain", "pixels", "free", "own", "w_valid", "word", "lot_mask", "lot_prefix", "lot_negative"):
+            assert torch.equal(torch.cat([s[k] for s in shares]), whole[k]), k
+        assert torch.equal(torch.cat([s["pairs"] + r * 8 // world * N for r, s in enumerate(shares)]), whole["pairs"])
+        assert all(s["ids"].shape[2] == 64 for s in shares)                            # of one length, for they are exchanged
+        assert torch.equal(torch.cat([s["ids"][..., : whole["ids"].shape[2]] for s in shares]), whole["ids"])
+    level = data.level(whole["nodes"].flatten()[whole["pairs"]])
+    assert [(level == k).sum().item() for k in range(4)] == [len(level) // 4] * 4      # magnifications in turn
+
+
+def test_augmentation_on_the_device_is_that_of_the_loader(parts):
+    bags, tokenizer = parts
+    cfg = train.parse(["--bags", "4", "--children", "2"])
+    batch = Batches(bags, tokenizer, cfg, 64)[1]
+    whole = batch | {"pixels": torch.stack([bags[i]["image"] for i in batch["bag"].tolist()])}
+    assert torch.allclose(augment(batch, cfg.jitter), augment(whole, cfg.jitter), atol=1e-6)
+    plain = Batches(bags, tokenizer, train.parse(["--bags", "4", "--children", "2", "--turns", "false", "--jitter", "0"]), 64)[1]
+    assert torch.equal(augment(plain, 0.0), plain["pixels"]) and torch.equal(plain["pixels"], batch["pixels"])
+
+
+def test_the_log_of_a_killed_run_reads_as_one(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"started": "x", "step": 0}\n{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "val_loss": 9.0}\n{"step": 3, "lo')
+    with runs.open_log(tmp_path) as f:
+        f.write('{"started": "x", "step": 1}\n{"step": 2, "loss": 2.5}\n{"step": 3, "loss": 1.5}\n')
+    assert runs.read_log(tmp_path) == {"loss": ([1, 2, 3], [3.0, 2.5, 1.5]), "val_loss": ([2], [9.0])}
+    runs.draw_curves([tmp_path, tmp_path], tmp_path / "curves.png")
+    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+    blue = (np.abs(picture - [0xC8, 0x50, 0x1E]).sum(2) < 30).nonzero()               # the second run's line, drawn over the first's
+    assert len(blue[0]) > 100 and blue[1].max() - blue[1].min() > 150                 # across its panel
