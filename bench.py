@@ -1,15 +1,15 @@
 """What each stage costs, beside its limit or beside a peer, measured in the same run and given as ratios.
 
-    python bench.py                    # every stage, about four minutes on two CPU cores
-    python bench.py data losses        # only these
+    python bench.py                    # one table: every stage of a step of the paper preset, about six minutes on two CPU cores
+    python bench.py gpu                # on one GPU, in ten minutes: the same table, eager, compiled, cached and pool=0 beside each other, a profile; then model and losses
+    python bench.py data losses        # only these, in detail
     python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
 
+    step    the table: tiling, shard, pyramid + augmentation, vision, text, fusion, losses, optimiser, whole step, waiting for data
     data    a bag from a slide and from a shard, beside decoding the same JPEG bytes         (limit) and OpenSlide (peer)
     caption patches captioned through a server that answers after 50 ms                   (limit)
     model   ViT-B/16 and CLIP's text tower, beside timm and open_clip (peers) and the machine's matrix-multiply rate (limit)
-    vision  the preset's ViT forward and backward, beside the machine's matrix-multiply rate  (limit)
-    attn    our fused attention, beside torch.nn.MultiheadAttention                           (peer)
-    losses  a training step, split by loss: what an ablation saves; and how each loss grows with bags, nodes and keywords
+    losses  a training step of the synthetic preset, split by loss: what an ablation saves; and how each loss grows with bags, nodes and keywords
 
 Rounds are interleaved and the median of per-round ratios is reported: absolute numbers on a busy machine mean little.
 """
@@ -40,12 +40,13 @@ import tifffile
 import torch
 import torch.nn as nn
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
+import batches as batches_
 import captioner
 import data
 import losses
 import model as networks
+import runs
 import synthetic
 import text
 import train
@@ -211,51 +212,164 @@ def bench_model(device):
                     f"; {'timm' if part == 'vision' else 'open_clip'} takes {statistics.median(q / t for q, t in zip(s[f'peer {mode}'], s[f'ours {mode}'])):.3f} times as long" if theirs else ""))
 
 
-def bench_vision(device):
-    """Forward + backward of the preset's vision tower against the time its FLOPs take in one large matrix multiplication."""
-    vit = networks.ViT(**networks.SIZES["synthetic"]["vision"]).to(device)
-    images = torch.rand(128, 3, 64, 64, device=device)
-    step = lambda: vit(images).square().mean().backward()
-    with FlopCounterMode(display=False) as counter:
-        step()
-    n = 2048
-    a, flops = torch.rand(n, n, device=device), counter.get_total_flops()
-    times = interleaved({f"its {flops / 1e9:.0f} GFLOP as {n} x {n} matmuls": lambda: [a @ a for _ in range(max(1, round(flops / (2 * n ** 3))))],
-                         "ViT 128 x 64 px, forward + backward": step})
-    report("vision tower of the synthetic preset", times, next(iter(times)))
+def bench_step(folder, device, size="paper"):
+    """One table: every stage of a training step of the paper preset (random weights; on a CPU 2 bags of 15 nodes a step, on a GPU 16 of 85), from
+    the slide to the optimiser, each beside the limit of what it does most on this machine: decoding its JPEG bytes, copying its bytes, or
+    multiplying matrices (fp32 on a CPU, bf16 on a GPU). And beside timm, open_clip and OpenSlide where they can be imported."""
+    gpu = device == "cuda"
+    cfg = train.parse(["--preset", "paper", "--vision", "random", "--bags", "16" if gpu else "2", "--children", "4" if gpu else "2", "--device", device, "--workers", "8" if gpu else "1",
+                       "--steps", "60" if gpu else "4", "--size", size])
+    patch_px = networks.SIZES[size]["vision"]["size"]
+    batches_.make_world(Path(folder) / "step", train=8 if gpu else 2, test=1, patch_px=patch_px)
+    bags = data.BagDataset(Path(folder) / "step" / "train")
+    tokenizer = text.Tokenizer.train((c for i in range(len(bags)) for c in bags.captions(i) if c), 1500)
+    batches = batches_.Batches(bags, tokenizer, cfg, networks.SIZES[size]["text"]["context"])
+    to = lambda batch: {k: x.to(device) for k, x in batch.items()}
+    batch, autocast = to(batches[0]), torch.autocast(device, torch.bfloat16, enabled=gpu)
 
+    def new(**other):
+        settings = dataclasses.replace(cfg, **other)
+        if "pool" in other:
+            networks.SIZES["bench"] = dict(networks.SIZES[size], fusion=dict(networks.SIZES[size]["fusion"], pool=other["pool"]))
+        model = train.build_model(settings, tokenizer).to(device)
+        model.vision.requires_grad_(False).eval()
+        if gpu:
+            for p in model.vision.parameters():
+                p.data = p.data.to(torch.bfloat16)
+        return Objective(model, settings), train.make_optimizer(model, settings, device)
 
-def bench_attention(device):
-    """Our attention against torch's module of the same size."""
-    x = torch.rand(64, 77, 512, device=device)
-    ours, theirs = networks.Attention(512, 8).to(device), nn.MultiheadAttention(512, 8, batch_first=True).to(device)
-    report("attention, 64 x 77 x 512, forward + backward", interleaved({
-        "torch.nn.MultiheadAttention": lambda: theirs(x, x, x, need_weights=False)[0].sum().backward(),
-        "model.Attention": lambda: ours(x).sum().backward()}), "torch.nn.MultiheadAttention")
+    objective, optimizer = new()
+    m, n, big = objective.model, 8192 if gpu else 1024, torch.rand(2 ** (28 if gpu else 25), device=device)
+    square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
+    f, T, (B, N), M = m.flops(batch["ids"].shape[2], cfg.k_o), batch["ids"].shape[2], batch["valid"].shape, len(batch["pairs"])
+    images, ids = torch.rand(4 * N if gpu else 4, 3, patch_px, patch_px, device=device), batch["ids"].flatten(0, 1)[: 340 if gpu else 16]
+    pixels = torch.stack([bags[i]["image"] for i in range(B)]).to(device) if not gpu else batch["pixels"]
+    whole = {k: batch[k] for k in ("nodes", "turns", "stain")} | {"pixels": pixels}
+    visual, words = torch.rand(M, 1 + m.pool ** 2, len(m.fusion_ln.weight), device=device), torch.rand(M, T, m.text.width, device=device)
+    real = torch.ones(M, T, dtype=torch.bool, device=device)
+    v, t, w = (losses.unit(torch.randn(*shape, len(m.proj.weight), device=device)).requires_grad_() for shape in ((B, N), (B, N), (B, cfg.keywords)))
+
+    def forward(run):
+        with torch.no_grad(), autocast:
+            run()
+
+    def both(run):
+        with autocast:
+            y = run()
+        y.float().square().mean().backward()
+
+    def contrast():
+        bag, weight = batch["bag"].repeat_interleave(N), batch["valid"].flatten().float()
+        sum((losses.itc(v.flatten(0, 1), t.flatten(0, 1), bag, 0.07, weight), losses.cvta(v, w, cfg.k_o, 0.07, weight.view(B, N), batch["w_valid"]),
+             losses.mrtva(v, t.detach(), batch["valid"], cfg.children))).backward()
+
+    def step(objective, optimizer, batch, compiled=False):
+        run = torch.compile(objective, dynamic=False, fullgraph=True) if compiled else objective
+
+        def once():
+            with autocast:
+                parts, _ = run(batch)
+            sum(parts.values()).backward()
+            nn.utils.clip_grad_norm_(objective.model.parameters(), cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            objective.follow()
+        return once
+
+    for p in m.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    slide = Path(folder) / "step.svs"
+    synthetic.write_slide(slide, 0, 0, 4096)
+    trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
+    # name -> (call, FLOPs, kind of limit, what that limit needs: FLOPs, bytes read and written, or a call)
+    with data.Slide(slide, threads=1, keep=0) as one:
+        page = one.file.pages[0]
+        stored = [one.pages[0].load(k) for k in range(len(page.dataoffsets))]
+        colours = tifffile.tifffile.jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
+        limits = {"tiles": lambda: [imagecodecs.jpeg8_decode(x, tables=page.jpegtables, colorspace=colours[0], outcolorspace=colours[1]) for x in stored],
+                  "jpeg": lambda: imagecodecs.jpeg8_decode(bags.jpeg(0)), "matmul": lambda: square @ square, "copy": lambda: big.clone()}
+        rows = {"tiling: a bag from its slide": (lambda: one.read(0, 0, 4096, 8 * patch_px), 0, "tiles"), "shard: a bag from its JPEG": (lambda: bags[0], 0, "jpeg"),
+                f"pyramid, turns, stain: {B} bags": (lambda: batches_.augment(whole, cfg.jitter), B * (3 * (8 * patch_px) ** 2 + 12 * N * patch_px ** 2), "copy"),
+                f"vision, frozen: {len(images)} patches": (lambda: forward(lambda: m.see(images)), len(images) * f["vision"], "matmul"),
+                f"text: {len(ids)} captions": (lambda: both(lambda: m.text(ids)[1]), 3 * len(ids) * f["text"], "matmul"),
+                f"fusion: {M} patches with captions": (lambda: both(lambda: m.fuse_with_text(visual, words, real)), 3 * M * f["fuse_with_text"], "matmul"),
+                f"losses: itc, cvta, mrtva of {B} x {N} nodes": (contrast, 6 * (2 * (B * N) ** 2 + B * N * cfg.keywords) * len(m.proj.weight), "matmul"),
+                f"optimiser: {trained / 1e6:.0f} M parameters": (optimizer.step, 28 * trained, "copy")}
+        peers = {}
+        if timm:
+            vit = timm.create_model("vit_large_patch16_224", num_classes=0).to(device, torch.bfloat16 if gpu else None).eval()
+            peers[list(rows)[3]] = ("timm", lambda: forward(lambda: vit(images.to(next(vit.parameters()).dtype))))
+            clip = open_clip.create_model("ViT-B-32").to(device)
+            peers[list(rows)[4]] = ("open_clip", lambda: both(lambda: clip.encode_text(ids)))
+        if openslide:
+            peer = openslide.OpenSlide(slide)
+            peers[list(rows)[0]] = ("OpenSlide, its 85 patches", lambda: openslide_patches(peer, 0, 0))
+        seconds = interleaved({**limits, **{name: row[0] for name, row in rows.items()}, **{f"peer {name}": call for name, (_, call) in peers.items()}}, 10 if gpu else 3)
+    rate = {"matmul": 2 * n ** 3, "copy": 2 * big.numel() * 4, "tiles": None, "jpeg": None}
+    print(f"\na step of the paper preset, stage by stage, {cfg.bags} bags x {N} nodes, {'bf16' if gpu else 'fp32'}; here matrices multiply at {rate['matmul'] / statistics.median(seconds['matmul']) / 1e12:.2f} TFLOP/s, bytes copy at "
+          f"{rate['copy'] / statistics.median(seconds['copy']) / 1e9:.0f} GB/s\n  {'':46} {'ms':>10} {'GFLOP':>9} {'of the limit':>22}")
+
+    def show(name, times, work, kind, peer=""):
+        share = statistics.median(l * (work / rate[kind] if rate[kind] else 1) / s for s, l in zip(times, seconds[kind]))
+        print(f"  {name:46} {1000 * statistics.median(times):10.1f} {work / 1e9 if kind == 'matmul' else 0:9.1f} {share:8.2f} of {dict(tiles='decode', jpeg='decode').get(kind, kind):10}{peer}")
+
+    for name, (_, work, kind) in rows.items():
+        peer = f"{peers[name][0]} takes {statistics.median(p / s for p, s in zip(seconds[f'peer {name}'], seconds[name])):.2f} times as long" if name in peers else ""
+        show(name, seconds[name], work, kind, peer)
+
+    # The whole step, as the loop has it
+    cached = {k: x for k, x in batch.items() if k not in ("pixels", "turns", "stain")} | {"tokens": torch.rand(B, N, 1 + m.pool ** 2, m.vision.width, device=device, dtype=torch.float16)}
+    cases = {"step": ({}, batch, False), "step, cached features": ({}, cached, False)}
+    if gpu:
+        cases |= {"step, compiled": ({}, batch, True), "step, compiled, cached features": ({}, cached, True), "step, compiled, pool=0": (dict(size="bench", pool=0), batch, True)}
+    for name, (other, b, compiled) in cases.items():
+        pool = {"pool": other.pop("pool")} if "pool" in other else {}
+        o, optimizer = (objective, optimizer) if not other else new(**other, **pool)
+        run = step(o, optimizer, b, compiled)
+        times = interleaved({"matmul": limits["matmul"], name: run}, 8 if gpu else 2)
+        seconds["matmul"] = times["matmul"]
+        show(f"{name}, forward + backward + optimiser", times[name], o.flops(b), "matmul", f"{B / statistics.median(times[name]):.2f} bags/s, {runs.memory(device):.1f} GB")
+        if gpu and name == "step, compiled":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                run()
+            print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=10, max_name_column_width=70))
+
+    # ... and how long it waits for data, with a loader of its own
+    loader = batches_.ahead(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=cfg.workers, pin_memory=gpu, prefetch_factor=2), device)
+    run, waits, start = step(objective, optimizer, batch, gpu), 0.0, 0.0
+    for i, b in zip(range(len(batches)), loader):
+        if i:
+            waits += time.perf_counter() - asked
+        else:
+            start = time.perf_counter()
+        run()
+        if gpu and i % 10 == 0:
+            torch.cuda.synchronize()
+        asked = time.perf_counter()
+    print(f"  waiting for data with {cfg.workers} loader process{'es' * (cfg.workers > 1)}: {waits / (time.perf_counter() - start):.1%} of {len(batches)} steps")
 
 
 def bench_losses(folder, device):
     """A training step of the synthetic preset and what each loss costs of it, networks included; what the momentum model and its queue add;
     then the arithmetic of each loss alone, and the power of bags, nodes and keywords that it grows with."""
-    train.make_world(Path(folder) / "world", train=20, test=1)
+    batches_.make_world(Path(folder) / "world", train=20, test=1)
     bags = data.BagDataset(Path(folder) / "world" / "train")
     tokenizer = text.Tokenizer.train((c for i in range(len(bags)) for c in bags.captions(i) if c), 1500)
     cfg = train.Config()
-    batches = train.Batches(bags, tokenizer, cfg, networks.SIZES["synthetic"]["text"]["context"])
+    batches = batches_.Batches(bags, tokenizer, cfg, networks.SIZES["synthetic"]["text"]["context"])
     batch = {k: v.to(device) for k, v in batches[0].items()}
-    augment = lambda: data.stain_jitter(data.turn(batch["pixels"], batch["turns"]))
-    patches, model = augment(), train.build_model(cfg, tokenizer).to(device)
+    model = train.build_model(cfg, tokenizer).to(device)
 
     def step(**other):
         objective = Objective(model, dataclasses.replace(cfg, **other))
 
         def run():
-            sum(objective(patches, batch | {"alpha": torch.tensor(objective.cfg.alpha, device=device)})[0].values()).backward()
+            sum(objective(batch | {"alpha": torch.tensor(objective.cfg.alpha, device=device)})[0].values()).backward()
             objective.follow()
         return run
     seconds = interleaved({"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in train.LOSSES}, "itc alone": step(**dict.fromkeys(train.LOSSES[1:], 0.0)),
                            "all, with a queue of 4096": step(queue=4096), "all, with queue and alpha 0.4": step(queue=4096, alpha=0.4), "all, keywords selected by ema": step(cvta_select="ema"),
-                           "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": augment}, 9)
+                           "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": lambda: batches_.augment(batch, cfg.jitter)}, 9)
     report(f"a step of {cfg.bags} bags x 4 patches, forward + backward", seconds, "all six losses")
     print("  of the step: " + ", ".join(f"{n} {1 - statistics.median(t / a for t, a in zip(seconds[f'without {n}'], seconds['all six losses'])):.2f}" for n in train.LOSSES)
           + " (what leaving it out saves; without itc the towers still run)")
@@ -269,7 +383,7 @@ def bench_losses(folder, device):
         index, ok = losses.select_keywords(v, w, 4, w_valid)
         contrast = lambda **more: losses.itc(unit(v), unit(t), bag, 0.07, weight, **more).backward()
         return {"itc": contrast, "itc, slow, queue of 4096": lambda: contrast(slow=(unit(v), unit(t)), queue=(old, old, torch.zeros(4096, dtype=torch.long, device=device)), alpha=0.4),
-                "itm, hard negatives": lambda: losses.hard_negatives(unit(v), unit(t), bag, 0.07, weight),
+                "itm, hard negatives": lambda: losses.hard_negatives(unit(v), unit(t), bag, 0.07, weight, torch.rand(M, 2, device=device)),
                 "cvta, selection": lambda: losses.select_keywords(v, w, 4, w_valid),
                 "cvta, bag": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), near=losses.NEAR).backward(),
                 "cvta, batch": lambda: losses.cvta(v, w, 4, 0.07, weight.view(B, N), w_valid, (index, ok), word, losses.NEAR).backward(),
@@ -287,17 +401,22 @@ def bench_losses(folder, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="data, caption, model, vision, attn, losses (default: all)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="gpu, or any of step (the default), data, caption, model, losses")
     parser.add_argument("--side", type=int, default=8192, help="pixels, of the slide that `data` reads")
     args = parser.parse_args()
-    stages = {"data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "model": lambda: bench_model(device), "vision": lambda: bench_vision(device), "attn": lambda: bench_attention(device),
-              "losses": lambda: bench_losses(folder, device)}
-    if unknown := set(args.stages) - set(stages):
-        raise ValueError(f"unknown stage {unknown.pop()!r}; there are {', '.join(stages)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    stages = {"step": lambda: bench_step(folder, device), "data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "model": lambda: bench_model(device),
+              "losses": lambda: bench_losses(folder, device)}
+    wanted = args.stages or ["step"]
+    if wanted == ["gpu"]:
+        if device != "cuda":
+            raise ValueError("torch finds no GPU here: install a CUDA build of it, or run `python bench.py`")
+        wanted = ["step", "model", "losses"]
+    if unknown := set(wanted) - set(stages):
+        raise ValueError(f"unknown stage {unknown.pop()!r}; there are gpu, {', '.join(stages)}")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        for stage in args.stages or stages:
+        for stage in wanted:
             stages[stage]()
 
 

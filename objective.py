@@ -67,19 +67,17 @@ class Objective(nn.Module):
         """Matrix-multiplication FLOPs of the networks for this batch on this process, forward and backward, from shapes alone: what is
         trained costs three forward passes (two where nothing before it learns), what is frozen or slow costs one."""
         cfg, (B, N, T), (U, Tk), M = self.cfg, batch["ids"].shape, batch["keywords"].shape, len(batch["pairs"])
-        f, word, BN = self.model.flops(T, cfg.k_o), self.model.flops(Tk)["text"], B * N
-        read, see = bool(cfg.itm or cfg.mlm or cfg.plm), 2 if cfg.freeze_vision else 3
-        total = 0 if "tokens" in batch else BN * f["vision"] * (1 if cfg.freeze_vision else 3)
-        total += see * BN * f["project"] + 3 * BN * f["text"]
-        total += see * f["visual_tokens"] * (BN if cfg.mrtva else M * read) + 3 * U * word * bool(cfg.cvta or cfg.mrtva)
-        total += 3 * M * (3 * f["match"] * bool(cfg.itm) + (f["text"] + f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.mlm) + (f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.plm))
-        total += 3 * BN * (f["fuse_with_keywords"] + f["heads"]) * bool(cfg.mrtva)
+        f, words, nodes = self.model.flops(T, cfg.k_o), U * self.model.flops(Tk)["text"], B * N
+        itm, mlm, plm, mrtva, keywords = (bool(x) for x in (cfg.itm, cfg.mlm, cfg.plm, cfg.mrtva, cfg.cvta or cfg.mrtva))
+        told = M * (f["fuse_with_text"] + f["lm_logits"])                              # one pass of language modelling
+        both = told * (mlm + plm) + M * f["text"] * mlm
+        learns = nodes * f["text"] + words * keywords + 3 * M * f["match"] * itm + both + nodes * (f["fuse_with_keywords"] + f["heads"]) * mrtva
+        reads = nodes * f["project"] + f["visual_tokens"] * (nodes if mrtva else M * (itm or mlm or plm))
+        sees, slow = nodes * f["vision"] * ("tokens" not in batch), 0
         if self.slow is not None:
-            total += BN * (f["project"] + f["vision"] * (not cfg.freeze_vision) + f["text"] * (self.softens or bool(cfg.itc and cfg.queue)))
-            total += U * word * (cfg.cvta_select == "ema")
-            if self.softens:
-                total += M * (f["visual_tokens"] * read + (f["text"] + f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.mlm) + (f["fuse_with_text"] + f["lm_logits"]) * bool(cfg.plm))
-        return total
+            slow = nodes * f["project"] + sees * (not cfg.freeze_vision) + words * (cfg.cvta_select == "ema")
+            slow += nodes * f["text"] * (self.softens or bool(cfg.itc and cfg.queue)) + (M * f["visual_tokens"] * (mlm or plm) + both) * self.softens
+        return 3 * learns + (2 if cfg.freeze_vision else 3) * reads + (1 if cfg.freeze_vision else 3) * sees + slow
 
     def forward(self, batch):
         """batch -> ({loss: scalar}, {monitor: scalar}). The batch holds

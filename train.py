@@ -114,7 +114,7 @@ class Config:
     compile: bool = False          # torch.compile the step: worth it on a GPU, slower to start than it gains on a CPU
     log_every: int = 20            # steps
     save_every: int = 100          # steps
-    eval_every: int = 300          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
+    eval_every: int = 450          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
     evaluate: bool = True          # measure everything on data/test when training ends
     change: bool = False           # go on with a checkpoint although these settings are not those it was trained with
     wandb: str = ""                # project of Weights & Biases to send the log to (pip install wandb)
@@ -300,8 +300,10 @@ def validate(objective, batches, device, autocast, most=4):
     return {"val_loss": sum(getattr(objective.cfg, k) * x for k, x in mean.items()), **{f"val_{k}": x for k, x in mean.items()}}
 
 
-def ignore_signals(_):
-    """For the loader's processes: Ctrl-C and torchrun signal them too, but whether to stop is for the loop to say."""
+def settle(_):
+    """For the loader's processes: Ctrl-C and torchrun signal them too, but whether to stop is for the loop to say. And on a CPU they work while
+    the loop leaves a core free, not instead of it: each of its operations waits for its slowest thread."""
+    os.nice(10)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 
@@ -426,7 +428,7 @@ def main(argv):
     if rank == 0:
         data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
     loader = ahead(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
-                              worker_init_fn=ignore_signals, pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None), device)
+                              worker_init_fn=settle, pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None), device)
 
     # A signal only raises a flag; the loop stops after the step, so nothing is half done. Several processes vote, one step late, on the CPU,
     # so that no one waits for a GPU.

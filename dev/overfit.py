@@ -30,9 +30,8 @@ def main():
     args, more = parser.parse_known_args()                                             # the rest goes to train.py
     world = Path(args.out) / "world"
     train.make_world(world, train=2, test=1)
-    train.data.turn = lambda patches, turns: patches
-    train.main(["--data", str(world), "--out", args.out, "--steps", args.steps, "--bags", "8", "--pairs", "4", "--jitter", "0",
-                "--itc", "0", "--itm", "0", "--mlm", "0", "--cvta", "0", "--mrtva", "0", "--evaluate", "false", *more])   # only what teaches it to speak
+    train.main(["--data", str(world), "--out", args.out, "--steps", args.steps, "--bags", "8", "--pairs", "4", "--jitter", "0", "--turns", "false",
+                "--itc", "0", "--itm", "0", "--mlm", "0", "--cvta", "0", "--mrtva", "0", "--evaluate", "false", "--eval_every", "0", *more])   # only what teaches it to speak
     bags, (model, tokenizer) = data.BagDataset(world / "train"), evaluate.load_run(args.out)
     spell = lambda words: tokenizer.decode(tokenizer.encode(words))                    # as the tokenizer spells them
     right = words = total = 0

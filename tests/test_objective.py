@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import losses
@@ -144,6 +145,20 @@ def test_alpha_and_queue_cost_nothing_when_0():
     spent = {name: flops(Objective(small(), settings(**other))) for name, other in
              dict(plain={}, queue=dict(queue=8), alpha=dict(alpha=0.4), ema=dict(cvta_select="ema")).items()}
     assert cfg.alpha == cfg.queue == 0 and spent["plain"] < spent["queue"] < spent["alpha"] and spent["plain"] < spent["ema"] < spent["alpha"]
+
+
+@pytest.mark.parametrize("other", [{}, dict(freeze_vision=True), dict(alpha=0.4, queue=8), dict(cvta_select="ema"), dict(mrtva=0.0), dict(itm=0.0, plm=0.0, cvta=0.0)])
+def test_flops_of_a_step_are_what_torch_counts(other):
+    patches, batch = a_batch()
+    objective = Objective(small(), settings(**other))
+    if other.get("freeze_vision"):
+        objective.model.vision.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:        # the fused kernel's products are not counted
+        sum(objective(batch | {"pixels": patches})[0].values()).backward()
+    assert objective.flops(batch | {"pixels": patches}) == pytest.approx(count.get_total_flops(), rel=0.06)   # the losses' own products, z of the monitors
+    cached = {k: x for k, x in batch.items()} | {"tokens": patches}
+    vision = objective.model.flops()["vision"] * 60
+    assert objective.flops(batch | {"pixels": patches}) - objective.flops(cached) == vision * (1 if other.get("freeze_vision") else 4 if other.get("alpha") or other.get("cvta_select") else 3)
 
 
 def test_nothing_reaches_a_stopped_target():

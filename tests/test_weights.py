@@ -355,7 +355,7 @@ def test_a_run_starts_from_one_clip_file_and_can_give_it_back(tmp_path, monkeypa
                  text=dict(context=9, width=64, depth=2, heads=1), fusion=dict(width=16, depth=1, heads=2, pool=2), embed=24, simsiam=(16, 8))
     monkeypatch.setitem(networks.SIZES, "quiltnet", small)
     monkeypatch.setitem(networks.SIZES, "plip", {**small, "text": dict(small["text"], quick=True), "vision": dict(small["vision"], quick=True)})
-    both, words = dict(vision_weights=str(tmp_path / "quiltnet.pt"), clip_weights=str(tmp_path / "quiltnet.pt")), tokenizer.Tokenizer([])
+    both, words = dict(vision=str(tmp_path / "quiltnet.pt"), text=str(tmp_path / "quiltnet.pt")), tokenizer.Tokenizer([])
     models = {size: train.build_model(train.Config(size=size, **both), words).eval() for size in ("quiltnet", "plip")}
     for size, model in models.items():
         vit, tower = weights.load_clip(clip, size == "plip")
