@@ -440,17 +440,18 @@ class MRPLIP(nn.Module):
     def flops(self, tokens=None, k_o=8):
         """Matrix-multiplication FLOPs (a multiply-add is two) of one forward pass of each part, convolutions and attention included:
         dict of part -> int, for one image, one caption of `tokens` ids (None: the context), one pair of them (match: read at one position), one
-        image with k_o keywords."""
+        image with k_o keywords. pixels is the part of vision whose input no gradient reaches: the first convolution."""
         def block(D, L, Q=None):  # keys and values of L tokens; queries, attention, projection and MLP of Q
             Q = Q or L
             return 2 * (2 * L * D * D + 2 * Q * L * D + (1 + 1 + 8) * Q * D * D)
         vision, text, T = self.vision, self.text, tokens or len(self.text.pos)
         Dv, Dt, d, D, V, depth = vision.width, text.width, len(self.proj.weight), len(self.fusion_ln.weight), 1 + (self.pool or vision.grid) ** 2, len(self.fusion)
-        side, stem = vision.size, 0
+        side, stem, pixels = vision.size, 0, 0
         for conv in (m for m in vision.stem.modules() if isinstance(m, nn.Conv2d)):
             side //= conv.stride[0]
             stem += 2 * side * side * conv.weight.numel()
-        return {"vision": stem + len(vision.blocks) * block(Dv, 1 + vision.grid ** 2), "project": 2 * Dv * d, "visual_tokens": 2 * V * Dv * D,
+            pixels = pixels or stem
+        return {"pixels": pixels, "vision": stem + len(vision.blocks) * block(Dv, 1 + vision.grid ** 2), "project": 2 * Dv * d, "visual_tokens": 2 * V * Dv * D,
                 "text": len(text.blocks) * block(Dt, T) + 2 * Dt * d,
                 "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "match": 2 * T * Dt * D + (depth - 1) * block(D, V + T) + block(D, V + T, 1), "lm_logits": 2 * T * (D * Dt + Dt * len(self.lm_bias)),
                 "fuse_with_keywords": 2 * k_o * d * D + (depth - 1) * block(D, V + k_o) + block(D, V + k_o, 1),

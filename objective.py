@@ -77,7 +77,7 @@ class Objective(nn.Module):
         if self.slow is not None:
             slow = nodes * f["project"] + sees * (not cfg.freeze_vision) + words * (cfg.cvta_select == "ema")
             slow += nodes * f["text"] * (self.softens or bool(cfg.itc and cfg.queue)) + (M * f["visual_tokens"] * (mlm or plm) + both) * self.softens
-        return 3 * learns + (2 if cfg.freeze_vision else 3) * reads + (1 if cfg.freeze_vision else 3) * sees + slow
+        return 3 * learns + (2 if cfg.freeze_vision else 3) * reads + (sees if cfg.freeze_vision or not sees else 3 * sees - nodes * f["pixels"]) + slow
 
     def forward(self, batch):
         """batch -> ({loss: scalar}, {monitor: scalar}). The batch holds

@@ -174,7 +174,7 @@ def test_flops_are_what_torch_counts(stem, pool):
     T, V = 11, 1 + (pool or 4) ** 2
     visual, ids, images = torch.randn(1, V, 16), torch.randint(0, 40, (1, T)), torch.rand(1, 3, 64, 64)
     tokens, text = m.vision(images), m.text(ids)[0]
-    calls = {"vision": lambda: m.vision(images), "project": lambda: m.project(tokens), "visual_tokens": lambda: m.visual_tokens(torch.randn(1, V, 32)), "text": lambda: m.text(ids),
+    calls = {"pixels": lambda: (m.vision.stem[0] if stem == "conv" else m.vision.stem)(images), "vision": lambda: m.vision(images), "project": lambda: m.project(tokens), "visual_tokens": lambda: m.visual_tokens(torch.randn(1, V, 32)), "text": lambda: m.text(ids),
              "fuse_with_text": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool()),
              "match": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool(), at=torch.tensor([3])), "lm_logits": lambda: m.lm_logits(torch.randn(1, T, 16)),
              "fuse_with_keywords": lambda: m.fuse_with_keywords(visual, torch.randn(1, 5, 12), torch.ones(1, 5).bool()),

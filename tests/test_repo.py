@@ -1,5 +1,7 @@
 """pytest tests/test_repo.py — what the project promises about itself: imports, the README's table and its test command."""
 import ast
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,6 +58,22 @@ def test_the_diffs_of_the_readme_apply(tmp_path):
            "m.fuse_with_keywords(torch.randn(2, 5, 16), torch.randn(2, 3, 128), torch.tensor([[True] * 3, [False] * 3])).sum().backward() or 'learns')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "learns" in done.stdout, done.stderr
+
+
+def test_the_slurm_script_of_the_readme_runs(world, tmp_path):
+    """As pasted, but for the arguments of train.py; srun and scontrol are stand-ins that start two tasks and note a request to queue again."""
+    script = re.search(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    script, n = re.subn(r"train\.py \\\n[^']*'", f"train.py --data {world} --out {tmp_path}/runs/mine --bags 4 --words 2 --steps 2 --eval_every 0 --evaluate false --workers 0 --device cpu'", script)
+    assert n == 1
+    for name, code in (("srun", 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids="$pids $!"; done; for p in $pids; do wait $p || exit 1; done'),
+                       ("scontrol", f'if [ "$1" = show ]; then echo localhost; echo other; else echo "$@" > {tmp_path}/queued; fi')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/mine/log.jsonl").read_text().splitlines()[0])["world"] == 2
+    assert (tmp_path / "queued").read_text() == "requeue 7\n"                          # no results yet
 
 
 def test_torch_is_pinned():
