@@ -222,7 +222,7 @@ def cache_features(see, bags, name, device, rank=0, world=1, workers=0):
     def keep():  # the tokens of the bag before: the GPU has the next one to do meanwhile
         rows.append(late.to("cpu", torch.float16).numpy())
 
-    for item in tqdm(loader, desc="features", unit="bag", disable=None if rank == 0 else True, dynamic_ncols=True, initial=0):
+    for item in tqdm(loader, desc="features", unit="bag", disable=None if rank == 0 else True, dynamic_ncols=True):
         image = item["image"][None].to(device, non_blocking=True)
         tokens = see(data.pyramid(image)[0])                                           # [85, V, Dv]
         if late is not None:

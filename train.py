@@ -30,6 +30,7 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -161,6 +162,8 @@ def parse(argv):
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     more = {"data": "data/synthetic-224"} if preset == "paper" and getattr(flags, "vision", "") == "random" else {}
+    if not torch.cuda.is_available():
+        more["compile"] = False
     return check(Config(**{**PRESETS[preset], **more, **vars(flags), "preset": preset}))
 
 
@@ -338,6 +341,7 @@ def main(argv):
         for flag in SOURCES:
             if getattr(cfg, flag) not in ("", "random") and not Path(getattr(cfg, flag)).exists():
                 raise ValueError(f"--{flag} {getattr(cfg, flag)} does not exist: {SOURCES[flag]}" + "; --vision random tries the code at full size without it" * (flag == "vision"))
+    warnings.filterwarnings("ignore", "(?s).*(all_gather_into_tensor|broadcast_buffers).* is deprecated")  # torch 2.11 does not know their new names
     if distributed:  # the time-out must outlast rank 0 making the data
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
     say = tqdm.write if rank == 0 else lambda *_: None
