@@ -341,6 +341,11 @@ def main(argv):
         for flag in SOURCES:
             if getattr(cfg, flag) not in ("", "random") and not Path(getattr(cfg, flag)).exists():
                 raise ValueError(f"--{flag} {getattr(cfg, flag)} does not exist: {SOURCES[flag]}" + "; --vision random tries the code at full size without it" * (flag == "vision"))
+    if cfg.wandb:
+        try:
+            import wandb  # only here: not needed otherwise
+        except ImportError:
+            raise ValueError("--wandb needs its package: pip install wandb") from None
     warnings.filterwarnings("ignore", "(?s).*(all_gather_into_tensor|broadcast_buffers).* is deprecated")  # torch 2.11 does not know their new names
     if distributed:  # the time-out must outlast rank 0 making the data
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
@@ -445,10 +450,6 @@ def main(argv):
         log = runs.open_log(run)
         log.write(json.dumps({"started": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "world": world, "matmul_tflops": rate / 1e12, **runs.versions(), "config": dataclasses.asdict(cfg)}) + "\n")
         if cfg.wandb:
-            try:
-                import wandb  # only here: not needed otherwise
-            except ImportError:
-                raise ValueError("--wandb needs its package: pip install wandb") from None
             tracker = wandb.init(project=cfg.wandb, name=run.name, id=f"{number(str(run.resolve())):x}", resume="allow", config=dataclasses.asdict(cfg))
 
     def record(row):
