@@ -56,7 +56,7 @@ class Batches(Dataset):
     def __init__(self, bags, tokenizer, cfg, context, rank=0, world=1, features=None, corpus=None):
         self.bags, self.tokenizer, self.cfg, self.context, self.rank, self.world, self.features = bags, tokenizer, cfg, context, rank, world, features
         self.local = cfg.bags // (cfg.accumulate * world)
-        self.corpus, self.textual_bag = corpus or text.count_corpus(bags.folder), {}   # bag index -> its keywords, the latest 4,096
+        self.corpus, self.textual_bag = corpus or text.count_corpus(bags.folder), {}   # bag index -> its keywords, 4,096 at most
 
     def __getitem__(self, i):
         cfg, B, G, step = self.cfg, self.local, self.local * self.world, i // self.cfg.accumulate
@@ -102,14 +102,14 @@ class Batches(Dataset):
         cfg = self.cfg
         return 0 if cfg.cvta_select == "own" else min(1, max(0, (step / cfg.steps - cfg.warm) / max(cfg.hand, 1e-9)))
 
-    def _rows(self):
+    def rows(self):
         """How many patches of this process ITM, MLM and PLM read: M."""
         return max(1, round(self.cfg.pairs * self.local))
 
     def _pairs(self, valid, g):
         """Which patches these are: [M] numbers into B * N. Bags in order, magnifications in turn, inside one a valid node at random
         (where none is, an invalid one: the masks drop it)."""
-        (B, N), M = valid.shape, self._rows()
+        (B, N), M = valid.shape, self.rows()
         sizes, shift = losses.level_sizes(N, self.cfg.children), int(torch.randint(0, 4, (), generator=g))
         score = valid + torch.rand(B * self.world, N, generator=g)[self.rank * B : self.rank * B + B]     # [B, N]
         best = [level.argmax(1) + sum(sizes[:k]) for k, level in enumerate(score.split(sizes, 1))]     # of each level, [B]
@@ -119,7 +119,7 @@ class Batches(Dataset):
 
     def _lots(self, g):
         """Uniform numbers in [0, 1) for what is drawn per row: MLM's masks, PLM's prefix, ITM's negatives."""
-        M = self._rows()
+        M = self.rows()
         mine = slice(self.rank * M, self.rank * M + M)
         return {name: torch.rand(M * self.world, *shape, generator=g)[mine] for name, shape in (("lot_mask", (3, self.context)), ("lot_prefix", ()), ("lot_negative", (2,)))}
 
@@ -193,7 +193,11 @@ class Features:
 
     def __init__(self, bags, name):
         self.paths, self.first = [shard.with_suffix(f".{name}.npy") for shard in bags.shards], np.searchsorted(bags.shard_of, np.arange(len(bags.shards)))
-        self.shard_of = bags.shard_of
+        self.shards, self.shard_of = bags.shards, bags.shard_of
+
+    def finished(self, k):
+        """Are the features of shard number k there, and of this shard, not of one that was tiled anew since?"""
+        return self.paths[k].exists() and self.paths[k].stat().st_mtime >= self.shards[k].stat().st_mtime
 
     def read(self, i, nodes):
         """Bag number i, node numbers nodes [N] -> float16 [N, V, Dv]."""
@@ -201,9 +205,10 @@ class Features:
         return torch.from_numpy(np.load(self.paths[shard], mmap_mode="r")[i - self.first[shard], nodes.numpy()])
 
 
-def features_name(model):
-    """What the features of a model's vision tower are called: a hash of its weights, the pixels it reads and the tokens that are kept."""
-    digest = hashlib.sha256(f"{model.vision.size} {model.pool}".encode())
+def features_name(model, size):
+    """What the features of a model's vision tower are called: a hash of its size (a key of model.SIZES) and weights and of the tokens that are
+    kept, and the pixels it reads."""
+    digest = hashlib.sha256(f"{size} {model.pool}".encode())
     for name, x in sorted(model.vision.state_dict().items()):
         digest.update(name.encode() + x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return f"{digest.hexdigest()[:12]}-{model.vision.size}"
@@ -214,20 +219,26 @@ def cache_features(see, bags, name, device, rank=0, world=1, workers=0):
     """One pass of the vision tower over all bags of a folder, shards dealt out to the processes; shards that are finished are skipped, so
     the same call continues. see: `model.see`, compiled or not; images [85, 3, S, S] -> tokens [85, V, Dv]."""
     features = Features(bags, name)
-    todo = [k for k, path in enumerate(features.paths) if not path.exists()][rank::world]
+    todo = [k for k in range(rank, len(features.paths), world) if not features.finished(k)]    # dealt out by number: the others are at work meanwhile
     order = [i for k in todo for i in np.flatnonzero(bags.shard_of == k).tolist()]
     loader = DataLoader(bags, batch_size=None, sampler=order, num_workers=workers, pin_memory=device == "cuda", prefetch_factor=4 if workers else None)
     rows, late = [], None
 
-    def keep():  # the tokens of the bag before: the GPU has the next one to do meanwhile
-        rows.append(late.to("cpu", torch.float16).numpy())
+    def keep():  # the tokens of the bag before; a GPU has this one to do meanwhile
+        if late[1]:
+            late[1].synchronize()
+        rows.append(late[0].numpy())
 
     for item in tqdm(loader, desc="features", unit="bag", disable=None if rank == 0 else True, dynamic_ncols=True):
         image = item["image"][None].to(device, non_blocking=True)
-        tokens = see(data.pyramid(image)[0])                                           # [85, V, Dv]
-        if late is not None:
+        tokens, copied = see(data.pyramid(image)[0]).to(torch.float16), None           # [85, V, Dv]
+        if device == "cuda":
+            there, copied = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True), torch.cuda.Event()
+            tokens = there.copy_(tokens, non_blocking=True)
+            copied.record()
+        if late:
             keep()
-        late, i = tokens, item["index"]
+        late, i = (tokens, copied), item["index"]
         if i + 1 == len(bags) or bags.shard_of[i + 1] != bags.shard_of[i]:
             keep()
             content = io.BytesIO()

@@ -439,8 +439,8 @@ def stain_jitter(patches, strength=0.05, lot=None):
     B, device = len(patches), patches.device
     lot = torch.rand(B, 2, 3, device=device) if lot is None else lot
     gain, offset = ((lot * 2 - 1) * strength).unbind(1)
-    hed, one = HED.to(device), [1] * (patches.dim() - 4)
-    matrix = hed.T @ ((1 + gain)[:, :, None] * UNMIX.T.to(device))                     # [B,3,3] density -> stains -> density
+    hed, unmix, one = HED.to(device, non_blocking=True), UNMIX.to(device, non_blocking=True), [1] * (patches.dim() - 4)    # or the host would wait for the GPU here
+    matrix = hed.T @ ((1 + gain)[:, :, None] * unmix.T)                                # [B,3,3] density -> stains -> density
     light = patches.clamp(1 / 255, 1).log_()                                           # minus the density; in place: two passes over memory less
     light = (matrix.view(B, *one, 3, 3) @ light.flatten(-2)).view_as(patches) - (offset @ hed).view(B, *one, 3, 1, 1)
     return light.exp_().clamp_(max=1)

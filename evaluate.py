@@ -85,7 +85,7 @@ def embed(model, bags, indices, device="cpu", at_once=8):
         items = [bags[j] for j in mine[i : i + at_once]]
         patches = data.pyramid(torch.stack([x["image"] for x in items]).to(device))                    # [g, N, 3, S, S]
         tokens = model.vision(patches.flatten(0, 1))
-        rows.append([model.project(tokens).view(len(items), data.NODES, -1).cpu(), tokens[:, 0].float().view(len(items), data.NODES, -1).cpu(),
+        rows.append([model.project(tokens).view(len(items), data.NODES, -1).cpu(), tokens[:, 0].float().view(len(items), data.NODES, -1).cpu().clone(),  # not a view: all patch tokens would stay with it
                      torch.stack([x["valid"] for x in items])])
     if world > 1:
         parts = [None] * world if rank == 0 else None

@@ -290,7 +290,8 @@ def mark_lengths(batch):
 @torch.no_grad()
 def validate(objective, batches, device, autocast, most=4):
     """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}. Nothing is
-    enqueued, and batch norms of the tower use their averages."""
+    enqueued, and batch norms of the tower use their averages. CVTA and MRTVA are those before the hand-over, with keywords of the own captions, and targets are
+    not softened: then the numbers can be compared over the whole run."""
     objective.eval()
     total, n = 0, min(most, max(1, len(batches.bags) // (batches.local * batches.world)))
     for i in range(n):
@@ -378,6 +379,8 @@ def main(argv):
     state, path = runs.read_checkpoint(run, device)
     if state and (changed := runs.check_settings(state, path, cfg)):
         say(changed)
+    if rank == 0 and path and path.name != "ckpt.pt" and (run / "ckpt.pt").exists():
+        os.replace(run / "ckpt.pt", run / "ckpt_damaged.pt")  # or the next save would put it in the place of the good one
     model = build_model(cfg, tokenizer, pretrained=not state).to(device)
     if model.vision.size != bags.S:
         raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --patch-px {model.vision.size}")
@@ -393,7 +396,10 @@ def main(argv):
     if state:
         try:
             objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
+            ours = [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
+            for group, (factor, decay) in zip(optimizer.param_groups, ours):  # of the settings, which --change may have changed
+                group["factor"], group["weight_decay"] = factor, decay
         except (RuntimeError, ValueError) as e:
             raise ValueError(f"{path} does not fit these settings ({str(e).strip().splitlines()[-1].strip()}): use those it was trained with, or another --out") from None
         step, skipped = state["step"], state.get("skipped", 0)
@@ -405,11 +411,10 @@ def main(argv):
         data.replace_file(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
 
     # A frozen tower: its features once, or its weights in bf16, for casting them at every call would cost half as much again.
-    features = {}
-    name = features_name(model) if cfg.cache else ""
     if cfg.freeze_vision and device == "cuda":
         for p in model.vision.parameters():  # parameters only: the pixel statistics keep their digits
             p.data = p.data.to(torch.bfloat16)
+    features, name = {}, features_name(model, cfg.size) if cfg.cache else ""
     for split in (bags, test) if cfg.cache and test else (bags,) if cfg.cache else ():
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             cache_features(torch.compile(model.see) if cfg.compile else model.see, split, name, device, rank, world, cfg.workers)
@@ -418,6 +423,7 @@ def main(argv):
         dist.barrier()
 
     # One graph a step: networks, losses and, on a GPU, the augmentation.
+    torch._dynamo.config.optimize_ddp = False  # it would split the graph, and older versions cannot where gradients cross processes
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
         # No broadcast of buffers: every process computes the same queues and batch statistics. Static graph: which parameters get gradients
@@ -434,6 +440,8 @@ def main(argv):
     held_out = Batches(test, tokenizer, cfg, context, rank, world, features.get(test.folder), batches.corpus) if cfg.eval_every else None
     if cfg.itm and cfg.bags == cfg.accumulate:
         say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
+    if world > 1 and cfg.pairs * batches.local % 1:
+        say(f"warning: --pairs {cfg.pairs} x {batches.local} bags a process is rounded to {batches.rows()} patches, so the number of processes changes what is learned")
     if rank == 0:
         data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
     loader = ahead(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
@@ -442,8 +450,7 @@ def main(argv):
     # A signal only raises a flag; the loop stops after the step, so nothing is half done. Several processes vote, one step late, on the CPU,
     # so that no one waits for a GPU.
     stop, vote, votes = [], None, torch.zeros(1)
-    for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number_, lambda *_: stop.append(True))
+    usual = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     log = tracker = None
     if rank == 0:
@@ -460,7 +467,7 @@ def main(argv):
             tracker.log({k: x for k, x in row.items() if k != "step"}, step=row["step"])
 
     running = list(model.buffers())                                                    # averages of batch norms
-    bad = torch.zeros(3, device=device)                                                # steps left out: in a row now, at most in a row, since the last log step
+    bad = torch.tensor([0.0, skipped], device=device)                                  # steps left out: in a row up to now, and in all
     bar = tqdm(total=cfg.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
     sums, waited, flops, since, start, warned, halt = 0, 0.0, 0, time.time(), step, set(), False
     while step < cfg.steps and not halt:
@@ -493,8 +500,7 @@ def main(argv):
                 buffer.copy_(torch.where(good, buffer, old))
             for scale in (model.itc_scale, model.cvta_scale):
                 scale.clamp_(-math.log(losses.TAU[1]), -math.log(losses.TAU[0]))
-            in_a_row = (bad[0] + 1) * ~good
-            bad = torch.stack([in_a_row, torch.maximum(bad[1], in_a_row), bad[2] + ~good])
+            bad = torch.stack([(bad[0] + 1) * ~good, bad[1] + ~good])
             sums = sums + torch.where(good, torch.cat([values, norm[None]]), 0)
         objective.follow()
         step += 1
@@ -511,10 +517,10 @@ def main(argv):
             halt = bool(stop)
 
         if step % cfg.log_every == 0 or step == cfg.steps:                             # the only place where the loop waits for the device
-            *mean, _, worst, left_out = losses.all_mean(torch.cat([sums, bad])).tolist()
-            count, seconds = step - start, time.time() - since
-            mean = {name: x / max(1, count - left_out) for name, x in zip(("loss", *parts, *monitors, "grad"), mean)}
-            speed, skipped = count * cfg.bags / seconds, skipped + int(left_out)
+            *mean, in_a_row, total = losses.all_mean(torch.cat([sums, bad])).tolist()
+            count, seconds, used = step - start, time.time() - since, step - start - (total - skipped)
+            mean = {name: x / used if used else math.nan for name, x in zip(("loss", *parts, *monitors, "grad"), mean)}
+            speed, skipped = count * cfg.bags / seconds, int(total)
             row = {"step": step, **mean, "lr": optimizer.param_groups[0]["lr"], "bags_per_s": speed, "patches_per_s": speed * nodes, "wait": waited / seconds,
                    "mfu": flops / seconds / rate, "memory_gb": runs.memory(device), "skipped": skipped}
             if rank == 0:
@@ -528,11 +534,13 @@ def main(argv):
                     + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors) + f" | grad {mean['grad']:.2f} lr {row['lr']:.1e}" + f" skipped {skipped}" * (skipped > 0)
                     + f" | {speed:.1f} bags/s {speed * nodes:.0f} patches/s wait {row['wait']:.0%} MFU {row['mfu']:.0%} {row['memory_gb']:.1f} GB"
                     + f" | ETA {timedelta(seconds=int((cfg.steps - step) * seconds / count))}")
-            sums, bad, waited, flops, since, start = 0, bad * torch.tensor([1.0, 0, 0], device=device), 0.0, 0, time.time(), step
-            if worst >= 10:  # the weights are those before the first of them
+            sums, waited, flops, since, start = 0, 0.0, 0, time.time(), step
+            if in_a_row >= 10:  # the weights are those before the first of them
                 if rank == 0:
                     runs.save_checkpoint(run, objective, optimizer, step, cfg, skipped)
-                raise ValueError(f"{worst:.0f} steps in a row up to step {step} had a loss or gradient that is not finite; they were left out, and {run}/ckpt.pt holds the weights before them. "
+                if distributed:
+                    dist.barrier()
+                raise ValueError(f"{in_a_row:.0f} steps in a row up to step {step} had a loss or gradient that is not finite; they were left out, and {run}/ckpt.pt holds the weights before them. "
                                  f"The same command goes on behind them, with --change true under a lower --lr ({cfg.lr})")
         if cfg.eval_every and step % cfg.eval_every == 0 and (step < cfg.steps or not cfg.evaluate):
             pause, found = time.time(), validate(objective, held_out, device, autocast)
@@ -547,18 +555,18 @@ def main(argv):
             model.vision.train(not cfg.freeze_vision)
             since += time.time() - pause
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
-            runs.save_checkpoint(run, objective, optimizer, step, cfg, skipped)
+            runs.save_checkpoint(run, objective, optimizer, step, cfg, int(bad[1]))
     bar.close()
     if halt:
         say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")
-    for number_, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGUSR1, signal.SIG_DFL)):
-        signal.signal(number_, usual)
+    for number_, handler in usual.items():
+        signal.signal(number_, handler)
     del loader, forward  # DDP holds on to the process group
     if rank == 0:
         runs.draw_curves([run], run / "curves.png")
     if distributed:
         dist.barrier()
-    if step == cfg.steps and cfg.evaluate:
+    if step == cfg.steps and cfg.evaluate and not halt:
         evaluate.report(run, folder / "test", train=folder / "train", device=device)
     if distributed:
         dist.barrier()  # a process that leaves while another still tidies up can hang the other for good
@@ -566,6 +574,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    for number_ in (signal.SIGTERM, signal.SIGUSR1):  # before and after the loop all files are whole and there is nothing to save: just go
+        signal.signal(number_, lambda *_: os._exit(0))
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as e:  # one that a loader's process raised carries that process's traceback before its own line
@@ -573,6 +583,7 @@ if __name__ == "__main__":
         print(f"error{which}: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr, flush=True)
+        os._exit(0)
     except Exception:
         traceback.print_exc()
     else:

@@ -190,8 +190,8 @@ def test_a_request_is_granted_and_the_next_process_goes_on(world, tmp_path):
     assert f"at step {two} of 9" in again.stdout + again.stderr
     a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert a["step"] == b["step"] == 9 and [row["world"] for row in map(json.loads, open(tmp_path / "parts" / "log.jsonl")) if "world" in row] == [1, 2, 1]
-    assert all(torch.allclose(a["model"][k], b["model"][k], atol=2e-3) for k in a["model"])  # nine steps of Adam on rounding
-    assert sum((a["model"][k] - b["model"][k]).square().sum() for k in a["model"] if a["model"][k].is_floating_point()) ** 0.5 < 0.05
+    a, b = runs.read_log(tmp_path / "whole")["loss"], runs.read_log(tmp_path / "parts")["loss"]
+    assert b[0] == list(range(1, 10)) and b[1] == pytest.approx(a[1], rel=0.01)       # nine steps of Adam on rounding
 
 
 def test_checkpoint_of_other_settings_is_refused_and_a_broken_one_falls_back(world, tmp_path, capsys):
@@ -203,8 +203,8 @@ def test_checkpoint_of_other_settings_is_refused_and_a_broken_one_falls_back(wor
     assert "lr 0.002 -> 0.5" in runs.check_settings(state, path, dataclasses.replace(other, change=True))
     with pytest.raises(ValueError, match="does not fit these settings"):
         train.main(["--data", str(world), "--out", str(tmp_path / "r"), "--steps", "2", "--queue", "9", "--change", "true", *SMALL])
-    train.main(["--data", str(world), "--out", str(tmp_path / "r"), "--steps", "3", "--change", "true", *SMALL])
-    assert weights_of(tmp_path / "r")["step"] == 3
+    train.main(["--data", str(world), "--out", str(tmp_path / "r"), "--steps", "3", "--change", "true", "--lr_vision", "5", "--save_every", "1", *SMALL])
+    assert weights_of(tmp_path / "r")["step"] == 3 and {g["factor"] for g in weights_of(tmp_path / "r")["optimizer"]["param_groups"]} == {5.0, 0.1, 1.0}
     (tmp_path / "r" / "ckpt.pt").write_bytes(b"cut off")
     assert weights_of(tmp_path / "r")["step"] == 2 and "trying the one before it" in capsys.readouterr().err
     (tmp_path / "r" / "ckpt_prev.pt").write_bytes(b"cut off")
@@ -230,7 +230,7 @@ def test_what_is_not_finite_is_left_out_and_ten_in_a_row_stop_the_run(world, tmp
     assert all(torch.equal(last["model"][k], before["model"][k]) for k in last["model"])          # batch norm's averages too
     assert all(torch.equal(x, before["optimizer"]["state"][i][k]) for i, state in last["optimizer"]["state"].items() for k, x in state.items())
     rows = runs.read_log(tmp_path / "a")
-    assert rows["skipped"][1][-1] == 1 and all(x == x for x in rows["loss"][1])
+    assert rows["skipped"][1] == [0, 0, 1] and [x == x for x in rows["loss"][1]] == [True, True, False]      # steps 1-2, 3-4, and 5 alone
     broken(set(range(3, 99)))
     with pytest.raises(ValueError, match="10 steps in a row up to step 12"):
         main("b", 40)
@@ -311,8 +311,12 @@ def test_cached_training_equals_online_and_the_pass_goes_on_where_it_stopped(wor
     for name in ("loss", *train.LOSSES, "val_loss"):
         assert b[name][1] == pytest.approx(a[name][1], rel=1e-3, abs=2e-3), name
     assert a["diagnosis_merged"] and (tmp_path / "cached" / "curves.png").stat().st_size > 5000
+    shard = next((folder / "train").glob("bags-*.tar"))                               # tiled anew since: its features are another's
+    os.utime(shard)
+    main("cached", "--cache", "true", "--steps", "7", "--change", "true")
+    assert [p.name.split(".")[0] for p in files if p.exists() and p.stat().st_mtime >= shard.stat().st_mtime] == [shard.stem]
     other = train.build_model(train.parse(["--seed", "1"]), train.text.Tokenizer.load(tmp_path / "cached" / "tokenizer.json"))
-    assert train.features_name(other) not in files[0].name                            # other weights, other files
+    assert train.features_name(other, "synthetic") not in files[0].name                            # other weights, other files
 
 
 def test_the_log_goes_to_a_tracker_too(world, tmp_path, monkeypatch):
