@@ -1,6 +1,6 @@
 """What each stage costs, beside its limit or beside a peer, measured in the same run and given as ratios.
 
-    python bench.py                    # one table: every stage of a step of the paper preset, about six minutes on two CPU cores
+    python bench.py                    # one table: every stage of a step of the paper preset, about nine minutes on two CPU cores
     python bench.py gpu                # on one GPU, in ten minutes: the same table, eager, compiled, cached and pool=0 beside each other, a profile; then model and losses
     python bench.py data losses        # only these, in detail
     python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
@@ -240,9 +240,10 @@ def bench_step(folder, device, size="paper"):
 
     objective, optimizer = new()
     m, n, big = objective.model, 8192 if gpu else 1024, torch.rand(2 ** (28 if gpu else 25), device=device)
+    twin = torch.empty_like(big)
     square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
     f, T, (B, N), M = m.flops(batch["ids"].shape[2], cfg.k_o), batch["ids"].shape[2], batch["valid"].shape, len(batch["pairs"])
-    images, ids = torch.rand(4 * N if gpu else 4, 3, patch_px, patch_px, device=device), batch["ids"].flatten(0, 1)[: 340 if gpu else 16]
+    images, ids = torch.rand(4 * N if gpu else 4, 3, patch_px, patch_px, device=device), torch.nn.functional.pad(batch["ids"].flatten(0, 1)[: 340 if gpu else 16], (0, batches.context - T))
     pixels = torch.stack([bags[i]["image"] for i in range(B)]).to(device) if not gpu else batch["pixels"]
     whole = {k: batch[k] for k in ("nodes", "turns", "stain")} | {"pixels": pixels}
     visual, words = torch.rand(M, 1 + m.pool ** 2, len(m.fusion_ln.weight), device=device), torch.rand(M, T, m.text.width, device=device)
@@ -287,11 +288,11 @@ def bench_step(folder, device, size="paper"):
         stored = [one.pages[0].load(k) for k in range(len(page.dataoffsets))]
         colours = tifffile.tifffile.jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
         limits = {"tiles": lambda: [imagecodecs.jpeg8_decode(x, tables=page.jpegtables, colorspace=colours[0], outcolorspace=colours[1]) for x in stored],
-                  "jpeg": lambda: imagecodecs.jpeg8_decode(bags.jpeg(0)), "matmul": lambda: square @ square, "copy": lambda: big.clone()}
+                  "jpeg": lambda: imagecodecs.jpeg8_decode(bags.jpeg(0)), "matmul": lambda: square @ square, "copy": lambda: twin.copy_(big)}
         rows = {"tiling: a bag from its slide": (lambda: one.read(0, 0, 4096, 8 * patch_px), 0, "tiles"), "shard: a bag from its JPEG": (lambda: bags[0], 0, "jpeg"),
                 f"pyramid, turns, stain: {B} bags": (lambda: batches_.augment(whole, cfg.jitter), B * (3 * (8 * patch_px) ** 2 + 12 * N * patch_px ** 2), "copy"),
                 f"vision, frozen: {len(images)} patches": (lambda: forward(lambda: m.see(images)), len(images) * f["vision"], "matmul"),
-                f"text: {len(ids)} captions": (lambda: both(lambda: m.text(ids)[1]), 3 * len(ids) * f["text"], "matmul"),
+                f"text: {len(ids)} captions of {batches.context} ids": (lambda: both(lambda: m.text(ids)[1]), 3 * len(ids) * m.flops()["text"], "matmul"),
                 f"fusion: {M} patches with captions": (lambda: both(lambda: m.fuse_with_text(visual, words, real)), 3 * M * f["fuse_with_text"], "matmul"),
                 f"losses: itc, cvta, mrtva of {B} x {N} nodes": (contrast, 6 * (2 * (B * N) ** 2 + B * N * cfg.keywords) * len(m.proj.weight), "matmul"),
                 f"optimiser: {trained / 1e6:.0f} M parameters": (optimizer.step, 28 * trained, "copy")}

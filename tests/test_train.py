@@ -170,7 +170,7 @@ def test_a_run_survives_kills_at_random_moments(world, tmp_path):
 
 def test_a_request_is_granted_and_the_next_process_goes_on(world, tmp_path):
     """SIGTERM to the whole group, as torchrun and a terminal do: the loader's process gets it too. Then two processes, then one; of two micro-batches."""
-    more = [*SMALL, "--accumulate", "2"]
+    more = [*SMALL, "--accumulate", "2", "--pairs", "1"]
     run("--data", world, "--out", tmp_path / "whole", "--steps", 9, *more)
 
     def until(step, name, nproc):
