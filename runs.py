@@ -143,7 +143,7 @@ def draw_curves(folders, out, width=300, height=170, columns=4):
     names = list(dict.fromkeys(n for log in logs for n in log if not n.startswith("val_")))
     if not names:
         return
-    top = 24 + 16 * (len(folders) > 1) * len(folders)
+    top, last = 24 + 16 * (len(folders) > 1) * len(folders), max(max(steps) for log in logs for steps, _ in log.values())
     page = Image.new("RGB", (columns * width, top + -(-len(names) // columns) * height), "white")
     draw = ImageDraw.Draw(page)
     for i, folder in enumerate(folders if len(folders) > 1 else ()):
@@ -154,7 +154,7 @@ def draw_curves(folders, out, width=300, height=170, columns=4):
         y = np.concatenate([v for _, (_, v), _ in lines])
         y = y[np.isfinite(y)] if np.isfinite(y).any() else np.zeros(1)
         low, high = np.quantile(y, 0.01), np.quantile(y, 0.99)                         # one early spike would flatten all the rest
-        high, last = (high if high > low else low + max(abs(low), 1e-6)), max(max(s) for _, (s, _), _ in lines)
+        high = high if high > low else low + max(abs(low), 1e-6)
         draw.rectangle((left, up, right, down), outline="#c0c0c0")
         draw.text((left, up - 17), name.replace("_", " "), "black", font_size=13)
         for value, at in ((high, up), (low, down)):
