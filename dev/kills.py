@@ -1,7 +1,7 @@
 """Does a run survive anything? Train a tiny run, kill it again and again at random moments, start it again with the same command, and compare
 the end with a run that nobody disturbed, bit by bit.
 
-    python dev/kills.py --rounds 200          # about six minutes; prints what was lost, which must be nothing
+    python dev/kills.py --rounds 200          # about ten minutes; prints what was lost, which must be nothing
 
 One kill in four is a request (SIGTERM, SIGUSR1 or SIGINT), which must be granted with exit code 0; the others are SIGKILL, a third of them as soon as
 a checkpoint is being written. After each, the checkpoint must be readable and not older than the one before.
@@ -53,14 +53,17 @@ def torment(data, out, steps, rounds, seed=0):
     assert os.waitstatus_to_exitcode(os.waitpid(start([*argv, "--out", str(whole)]), 0)[1]) == 0
     kills, requests, at, lost = 0, 0, 0, 0
     while kills + requests < rounds and at < steps:
-        child, soft, writing = start([*argv, "--out", str(run)]), rng.random() < 0.25, rng.random() < 0.33
-        time.sleep(rng.uniform(0.1, 2.0))
-        temp, until = run / "ckpt.pt.tmp", time.time() + 3
-        while writing and not temp.exists() and time.time() < until:
+        log, temp, until = run / "log.jsonl", run / "ckpt.pt.tmp", time.time() + 20
+        before = log.stat().st_size if log.exists() else 0
+        child, soft, early, writing = start([*argv, "--out", str(run)]), rng.random() < 0.25, rng.random() < 0.2, rng.random() < 0.33
+        grown = lambda: log.exists() and log.stat().st_size > before
+        while not early and not grown() and time.time() < until:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.0 if early else 0.3))
+        while writing and grown() and not temp.exists() and time.time() < until:
             time.sleep(0.0005)
-        reached = max(runs.read_log(run).get("loss", ([0],))[0], default=0) if run.exists() else 0
-        if soft and not (reached > at):  # a request before the loop ends the process as any program: nothing is lost, but the code is not 0
-            soft = False
+        soft = soft and grown()  # before the loop a request has nothing to save
+        reached = max(runs.read_log(run).get("loss", ([0],))[0], default=0) if grown() else at
         name = rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)) if soft else signal.SIGKILL
         try:
             os.killpg(child, name)
@@ -91,7 +94,7 @@ def torment(data, out, steps, rounds, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         train.make_world(f"{folder}/world", train=6, test=2)
