@@ -77,16 +77,15 @@ class Batches(Dataset):
             batch["turns"] = torch.randint(0, 8, (G,), generator=g)[mine]
         if cfg.jitter:
             batch["stain"] = torch.rand(G, 2, 3, generator=g)[mine]
-        images = [self.bags[j]["image"] for j in index]
+        window = torch.empty(B, 0)
         if cfg.scale_jitter:
             side = 1 - cfg.scale_jitter * torch.rand(G, 1, generator=g)
-            batch["window"] = torch.cat([side, (1 - side) * torch.rand(G, 2, generator=g)], 1)[mine]     # [B, 3]
+            window = torch.cat([side, (1 - side) * torch.rand(G, 2, generator=g)], 1)[mine]              # [B, 3]
+        images = [self.bags[j]["image"][None] for j in index]
         if cfg.device == "cuda":
-            batch["pixels"] = torch.stack(images)                                      # [B, 3, 8S, 8S]
-        else:                     # on a CPU each image is cut while it is still in the cache
-            window = batch.pop("window", [None] * B)
-            batch["pixels"] = torch.cat([cut(image[None], n[None], w if w is None else w[None]) for image, n, w in zip(images, nodes, window)])    # [B, N, 3, S, S]
-        return batch
+            return batch | {"pixels": torch.cat(images), "window": window}             # [B, 3, 8S, 8S]
+        # on a CPU each image is cut while it is still in the cache
+        return batch | {"pixels": torch.cat([cut(*one) for one in zip(images, nodes[:, None], window[:, None])])}      # [B, N, 3, S, S]
 
     def __len__(self):
         return self.cfg.steps * self.cfg.accumulate
@@ -149,16 +148,16 @@ class Batches(Dataset):
         return ids if self.world > 1 else text.trim(ids, self.tokenizer.end)
 
 
-def cut(images, nodes, window=None):
-    """Bags uint8 [B, 3, 8S, 8S] -> the patches of `nodes` [B, N], in the `window` [B, 3] of each bag or all of it: float [B, N, 3, S, S]."""
-    return data.pyramid(images if window is None else data.zoom(images, window), nodes=nodes)
+def cut(images, nodes, window):
+    """Bags uint8 [B, 3, 8S, 8S] -> the patches of `nodes` [B, N], in the `window` [B, 3] of each bag or [B, 0] for all of it: float [B, N, 3, S, S]."""
+    return data.pyramid(data.zoom(images, window) if window.shape[1] else images, nodes=nodes)
 
 
 def augment(batch, jitter):
     """batch -> its patches [B, N, 3, S, S] in [0, 1], cut from the bags, turned, mirrored and stained, on whatever device they are."""
     patches = batch["pixels"]
     if patches.dim() == 4:
-        patches = cut(patches, batch["nodes"], batch.get("window"))
+        patches = cut(patches, batch["nodes"], batch["window"])
     if "turns" in batch:
         patches = data.turn(patches, batch["turns"])
     return data.stain_jitter(patches, jitter, batch["stain"]) if "stain" in batch else patches
@@ -192,8 +191,8 @@ class Features:
     One file a shard beside it, bags-000000.<name>.npy, float16 [bags, 85, V, Dv], read where it is asked for."""
 
     def __init__(self, bags, name):
-        self.paths, self.first = [shard.with_suffix(f".{name}.npy") for shard in bags.shards], np.searchsorted(bags.shard_of, np.arange(len(bags.shards)))
-        self.shards, self.shard_of = bags.shards, bags.shard_of
+        self.paths, self.shards, self.shard_of = [shard.with_suffix(f".{name}.npy") for shard in bags.shards], bags.shards, bags.shard_of
+        self.first = np.searchsorted(bags.shard_of, np.arange(len(bags.shards) + 1)).tolist()  # shard number k holds bags first[k] .. first[k + 1] - 1
 
     def finished(self, k):
         """Are the features of shard number k there, and of this shard, not of one that was tiled anew since?"""
@@ -220,11 +219,12 @@ def cache_features(see, bags, name, device, rank=0, world=1, workers=0):
     the same call continues. see: `model.see`, compiled or not; images [85, 3, S, S] -> tokens [85, V, Dv]."""
     features = Features(bags, name)
     todo = [k for k in range(rank, len(features.paths), world) if not features.finished(k)]    # dealt out by number: the others are at work meanwhile
-    order = [i for k in todo for i in np.flatnonzero(bags.shard_of == k).tolist()]
+    order = [i for k in todo for i in range(*features.first[k : k + 2])]
     loader = DataLoader(bags, batch_size=None, sampler=order, num_workers=workers, pin_memory=device == "cuda", prefetch_factor=4 if workers else None)
     rows, late = [], None
 
-    def keep():  # the tokens of the bag before; a GPU has this one to do meanwhile
+    def keep():
+        """The tokens of the bag before; a GPU has this one to do meanwhile."""
         if late[1]:
             late[1].synchronize()
         rows.append(late[0].numpy())
@@ -238,10 +238,10 @@ def cache_features(see, bags, name, device, rank=0, world=1, workers=0):
             copied.record()
         if late:
             keep()
-        late, i = (tokens, copied), item["index"]
-        if i + 1 == len(bags) or bags.shard_of[i + 1] != bags.shard_of[i]:
+        late, shard = (tokens, copied), bags.shard_of[item["index"]]
+        if item["index"] + 1 == features.first[shard + 1]:
             keep()
             content = io.BytesIO()
             np.save(content, np.stack(rows))
-            data.replace_file(features.paths[bags.shard_of[i]], content.getbuffer())
+            data.replace_file(features.paths[shard], content.getbuffer())
             rows, late = [], None

@@ -85,6 +85,14 @@ def report(title, seconds, base, patches=0):
         print(f"  {name:42} {1000 * statistics.median(s):9.1f} ms " + f"{rate:7.0f} patches/s" * (patches > 0) + f"   {ratio:6.2f} x {base}")
 
 
+def stored_tiles(slide):
+    """The JPEG bytes of all tiles of level 0, and what decodes one of them as slide.py does and keeps nothing."""
+    page = slide.file.pages[0]
+    colours = tifffile.tifffile.jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
+    return ([slide.pages[0].load(k) for k in range(len(page.dataoffsets))],
+            functools.partial(imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=colours[0], outcolorspace=colours[1]))
+
+
 def bench_data(folder, side):
     """Bags from a slide of side x side pixels, and from a shard, beside decoding the same JPEG bytes and nothing else, and beside
     OpenSlide reading the same 85 patches one by one. One thread unless named; tiles of 256 px and, as older scanners write, 240."""
@@ -99,14 +107,12 @@ def bench_data(folder, side):
         path = Path(folder) / f"bench-{tile}.svs"
         synthetic.write_slide(path, 0, 0, side, tile)
         with data.Slide(path, threads=1, keep=0) as one, data.Slide(path, threads=2, keep=0) as two, ThreadPoolExecutor(2) as pool:
-            page = one.file.pages[0]
-            stored = [one.pages[0].load(k) for k in range(len(page.dataoffsets))]
-            colours = tifffile.tifffile.jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
+            tiles, decode = stored_tiles(one)
 
             def floor(x, y, go=map):
                 def row(r):
                     for c in range(x // tile, -(-min(x + 4096, side) // tile)):
-                        imagecodecs.jpeg8_decode(stored[r * -(-side // tile) + c], tables=page.jpegtables, colorspace=colours[0], outcolorspace=colours[1])
+                        decode(tiles[r * -(-side // tile) + c])
                 list(go(row, range(y // tile, -(-min(y + 4096, side) // tile))))
 
             def patches(x, y):  # also the three coarser levels, each averaged from the one below; a patch is a view of its level
@@ -224,28 +230,21 @@ def bench_step(folder, device, size="paper"):
     bags = data.BagDataset(Path(folder) / "step" / "train")
     tokenizer = text.Tokenizer.train((c for i in range(len(bags)) for c in bags.captions(i) if c), 1500)
     batches = batches_.Batches(bags, tokenizer, cfg, networks.SIZES[size]["text"]["context"])
-    to = lambda batch: {k: x.to(device) for k, x in batch.items()}
-    batch, autocast = to(batches[0]), torch.autocast(device, torch.bfloat16, enabled=gpu)
+    batch, autocast = {k: x.to(device) for k, x in batches[0].items()}, torch.autocast(device, torch.bfloat16, enabled=gpu)
 
-    def new(**other):
-        settings = dataclasses.replace(cfg, **other)
-        if "pool" in other:
-            networks.SIZES["bench"] = dict(networks.SIZES[size], fusion=dict(networks.SIZES[size]["fusion"], pool=other["pool"]))
-        model = train.build_model(settings, tokenizer).to(device)
-        model.vision.requires_grad_(False).eval()
-        if gpu:
-            for p in model.vision.parameters():
-                p.data = p.data.to(torch.bfloat16)
-        return Objective(model, settings), train.make_optimizer(model, settings, device)
+    def new(size):
+        model = train.build_model(dataclasses.replace(cfg, size=size), tokenizer).to(device)
+        train.freeze(model.vision, device)
+        return Objective(model, cfg), train.make_optimizer(model, cfg, device)
 
-    objective, optimizer = new()
+    objective, optimizer = new(size)
     m, n, big = objective.model, 8192 if gpu else 1024, torch.rand(2 ** (28 if gpu else 25), device=device)
     twin = torch.empty_like(big)
     square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
     f, T, (B, N), M = m.flops(batch["ids"].shape[2], cfg.k_o), batch["ids"].shape[2], batch["valid"].shape, len(batch["pairs"])
     images, ids = torch.rand(4 * N if gpu else 4, 3, patch_px, patch_px, device=device), torch.nn.functional.pad(batch["ids"].flatten(0, 1)[: 340 if gpu else 16], (0, batches.context - T))
     pixels = torch.stack([bags[i]["image"] for i in range(B)]).to(device) if not gpu else batch["pixels"]
-    whole = {k: batch[k] for k in ("nodes", "turns", "stain")} | {"pixels": pixels}
+    whole = {k: batch[k] for k in ("nodes", "turns", "stain")} | {"pixels": pixels, "window": torch.empty(B, 0)}
     visual, words = torch.rand(M, 1 + m.pool ** 2, len(m.fusion_ln.weight), device=device), torch.rand(M, T, m.text.width, device=device)
     real = torch.ones(M, T, dtype=torch.bool, device=device)
     v, t, w = (losses.unit(torch.randn(*shape, len(m.proj.weight), device=device)).requires_grad_() for shape in ((B, N), (B, N), (B, cfg.keywords)))
@@ -282,12 +281,10 @@ def bench_step(folder, device, size="paper"):
     slide = Path(folder) / "step.svs"
     synthetic.write_slide(slide, 0, 0, 4096)
     trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
-    # name -> (call, FLOPs, kind of limit, what that limit needs: FLOPs, bytes read and written, or a call)
+    # limits: kind -> call; rows: name -> (call, its FLOPs or the bytes it reads and writes, kind of its limit)
     with data.Slide(slide, threads=1, keep=0) as one:
-        page = one.file.pages[0]
-        stored = [one.pages[0].load(k) for k in range(len(page.dataoffsets))]
-        colours = tifffile.tifffile.jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
-        limits = {"tiles": lambda: [imagecodecs.jpeg8_decode(x, tables=page.jpegtables, colorspace=colours[0], outcolorspace=colours[1]) for x in stored],
+        tiles, decode = stored_tiles(one)
+        limits = {"tiles": lambda: [decode(x) for x in tiles],
                   "jpeg": lambda: imagecodecs.jpeg8_decode(bags.jpeg(0)), "matmul": lambda: square @ square, "copy": lambda: twin.copy_(big)}
         rows = {"tiling: a bag from its slide": (lambda: one.read(0, 0, 4096, 8 * patch_px), 0, "tiles"), "shard: a bag from its JPEG": (lambda: bags[0], 0, "jpeg"),
                 f"pyramid, turns, stain: {B} bags": (lambda: batches_.augment(whole, cfg.jitter), B * (3 * (8 * patch_px) ** 2 + 12 * N * patch_px ** 2), "copy"),
@@ -312,7 +309,7 @@ def bench_step(folder, device, size="paper"):
 
     def show(name, times, work, kind, peer=""):
         share = statistics.median(l * (work / rate[kind] if rate[kind] else 1) / s for s, l in zip(times, seconds[kind]))
-        print(f"  {name:46} {1000 * statistics.median(times):10.1f} {work / 1e9 if kind == 'matmul' else 0:9.1f} {share:8.2f} of {dict(tiles='decode', jpeg='decode').get(kind, kind):10}{peer}")
+        print(f"  {name:46} {1000 * statistics.median(times):10.1f} {work / 1e9 if kind == 'matmul' else 0:9.1f} {share:8.2f} of {kind if rate[kind] else 'decode':10}{peer}")
 
     for name, (_, work, kind) in rows.items():
         peer = f"{peers[name][0]} takes {statistics.median(p / s for p, s in zip(seconds[f'peer {name}'], seconds[name])):.2f} times as long" if name in peers else ""
@@ -320,16 +317,16 @@ def bench_step(folder, device, size="paper"):
 
     # The whole step, as the loop has it
     cached = {k: x for k, x in batch.items() if k not in ("pixels", "turns", "stain")} | {"tokens": torch.rand(B, N, 1 + m.pool ** 2, m.vision.width, device=device, dtype=torch.float16)}
-    cases = {"step": ({}, batch, False), "step, cached features": ({}, cached, False)}
+    networks.SIZES["pool=0"] = dict(networks.SIZES[size], fusion=dict(networks.SIZES[size]["fusion"], pool=0))
+    cases = {"step": (size, batch, False), "step, cached features": (size, cached, False)}
     if gpu:
-        cases |= {"step, compiled": ({}, batch, True), "step, compiled, cached features": ({}, cached, True), "step, compiled, pool=0": (dict(size="bench", pool=0), batch, True)}
-    for name, (other, b, compiled) in cases.items():
-        pool = {"pool": other.pop("pool")} if "pool" in other else {}
-        o, optimizer = (objective, optimizer) if not other else new(**other, **pool)
-        run = step(o, optimizer, b, compiled)
+        cases |= {"step, compiled": (size, batch, True), "step, compiled, cached features": (size, cached, True), "step, compiled, pool=0": ("pool=0", batch, True)}
+    for name, (which, inputs, compiled) in cases.items():
+        pair = (objective, optimizer) if which == size else new(which)
+        run = step(*pair, inputs, compiled)
         times = interleaved({"matmul": limits["matmul"], name: run}, 8 if gpu else 2)
         seconds["matmul"] = times["matmul"]
-        show(f"{name}, forward + backward + optimiser", times[name], o.flops(b), "matmul", f"{B / statistics.median(times[name]):.2f} bags/s, {runs.memory(device):.1f} GB")
+        show(f"{name}, forward + backward + optimiser", times[name], pair[0].flops(inputs), "matmul", f"{B / statistics.median(times[name]):.2f} bags/s, {runs.memory(device):.1f} GB")
         if gpu and name == "step, compiled":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 run()
@@ -337,11 +334,11 @@ def bench_step(folder, device, size="paper"):
 
     # ... and how long it waits for data, with a loader of its own
     loader = batches_.ahead(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=cfg.workers, pin_memory=gpu, prefetch_factor=2), device)
-    run, waits, start = step(objective, optimizer, batch, gpu), 0.0, 0.0
-    for i, b in zip(range(len(batches)), loader):
+    run, waits = step(objective, optimizer, batch, gpu), 0.0
+    for i, _ in enumerate(loader):
         if i:
             waits += time.perf_counter() - asked
-        else:
+        else:  # the first is waited for in any case
             start = time.perf_counter()
         run()
         if gpu and i % 10 == 0:

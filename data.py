@@ -111,7 +111,7 @@ def _tile_slide(job):
 def _finished(out, mpps, settings):
     """Mend what a crash left in `out` -> the rows of slides.jsonl that hold, by slide. ValueError where `out` is for something else."""
     table, failures = out / "slides.jsonl", out / "failures.jsonl"
-    rows = _whole_rows(table, "slide", "shard", "bags", "mpp", "settings")
+    rows = whole_rows(table, "slide", "shard", "bags", "mpp", "settings")
     if table.exists() and not table.read_bytes().endswith(b"\n"):           # the last row was cut off: the next starts a new line
         replace_file(table, "".join(json.dumps(row) + "\n" for row in rows))
     done = {row["slide"]: row for row in rows if not row["bags"] or (out / row["shard"]).exists()}
@@ -132,7 +132,7 @@ def _finished(out, mpps, settings):
         if slide not in mpps or slide in done:
             raise ValueError(f"{shard} is in no row of {table}, which this command would write anew: move it or choose another --out")
         shard.unlink()
-    old = [row for row in _whole_rows(failures, "slide", "reason") if row["slide"] not in mpps]             # the others are tried again
+    old = [row for row in whole_rows(failures, "slide", "reason") if row["slide"] not in mpps]             # the others are tried again
     replace_file(failures, "".join(json.dumps(row) + "\n" for row in old))
     return done
 
@@ -167,7 +167,7 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5, mpp=
             stems.add(p.stem)
             jobs.append((p, key, next(free), mpps[p.name], max(1, (os.cpu_count() or 1) // max(1, workers)), settings, os.getpid()))
         failed = _work(jobs, out, workers, len(paths))
-    rows = {row["slide"]: row for row in _whole_rows(out / "slides.jsonl", "slide", "bags") if row["slide"] in mpps}.values()
+    rows = {row["slide"]: row for row in whole_rows(out / "slides.jsonl", "slide", "bags") if row["slide"] in mpps}.values()
     return dict(slides=len(paths), done=len(rows), bags=sum(r["bags"] for r in rows), empty=sum(not r["bags"] for r in rows),
                 failed=failed)
 
@@ -200,7 +200,7 @@ def _work(jobs, out, workers, total):
             pool.shutdown(cancel_futures=True)
     return failed
 
-def _whole_rows(path, *keys):
+def whole_rows(path, *keys):
     """The records of a JSON-lines file of ours that have `keys`, less any that a crash or a full disk cut off: what it told of is
     not done."""
     rows = []
@@ -215,6 +215,12 @@ def replace_file(path, content):
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temp.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temp, path)
+
+def save_png(image, path):
+    """PIL image -> PNG, whole or not at all."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    replace_file(Path(path), content.getvalue())
 
 # ---------------------------------------------------------------- bags as a dataset
 
@@ -260,7 +266,7 @@ class BagDataset(torch.utils.data.Dataset):
         return json.loads(self._read(i, *self._spot[i, 2:]))
 
     def _read(self, i, offset, size):
-        with open(self.shards[self.shard_of[i]], "rb") as f:                  # opened anew: 10 us, no handle to share or run out of
+        with open(self.shards[self.shard_of[i]], "rb") as f:                # opened anew: 10 us, no handle to share or run out of
             return os.pread(f.fileno(), size, offset)
 
     def captions(self, i, nodes=range(NODES)):

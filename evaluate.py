@@ -13,7 +13,6 @@ References: [1] MR-PLIP, CVPR 2025, section 4.  [2] Lu et al. 2023, MI-Zero (top
 """
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -178,10 +177,15 @@ def zeroshot(model, tokenizer, bags, feats, train, modes=("ensemble", "single"))
     return out
 
 
+def labelled(bags, feats):
+    """Is there ground truth beside the shards that features were computed of?"""
+    return bool(bags.truth(feats["index"][0]))
+
+
 def glance(model, tokenizer, bags, test, train):
     """The few numbers that training shows now and then: features of test and training bags -> {name: float}. Weighted F1 of the zero-shot
     protocol, per patch and merged, where the truth is known; else the mean recall of retrieval."""
-    if any(bags.truth(i) for i in test["index"][:1]):
+    if labelled(bags, test):
         modes = {fact: row["ensemble"] for fact, row in zeroshot(model, tokenizer, bags, test, train, ("ensemble",)).items()}
         return {f"{fact}_{mag}": s["f1"] for fact, row in modes.items() for mag, s in (*row["patch"].items(), ("merged", row["bag"]["merged"]))}
     return {f"retrieval_{mag}": row["mean"] for mag, row in retrieval(model, tokenizer, bags, test).items()}
@@ -308,12 +312,6 @@ def colour(x):
     return (stops[low[..., 0]] * (1 - at + low) + stops[low[..., 0] + 1] * (at - low)).astype(np.uint8)
 
 
-def save_png(image, path):
-    """PIL image -> PNG, whole or not at all."""
-    image.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
-
-
 @torch.no_grad()
 def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, fov_px=64, width=460):
     """Where on a slide is the text? The thumbnail and, beside it, one map per (query, level 0..3): cosine of every patch of
@@ -350,7 +348,7 @@ def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, fov_px=64, wid
         page.paste(panel, (at, 22))
         ImageDraw.Draw(page).text((at + 2, 4), title, "black", font_size=13)
         at += panel.width + 8
-    save_png(page, out)
+    data.save_png(page, out)
 
 
 @torch.no_grad()
@@ -382,7 +380,7 @@ def retrieval_sheet(model, tokenizer, bags, feats, queries, out, best=5, px=72):
                 shown += 1
                 if shown == best:
                     break
-    save_png(page, out)
+    data.save_png(page, out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,8 +403,7 @@ def write_results(run, results):
     """Merge into RUN/results.json, whole or not at all."""
     path = Path(run) / "results.json"
     old = json.loads(path.read_text()) if path.exists() else {}
-    Path(f"{path}.tmp").write_text(json.dumps({**old, **results}, indent=1))
-    os.replace(f"{path}.tmp", path)
+    data.replace_file(path, json.dumps({**old, **results}, indent=1))
 
 
 def spread(n, most):
@@ -426,16 +423,16 @@ def report(run, test, train, device="cpu", only=None, most=300):
     if feats is None:  # the first process goes on alone
         return None
     results = {}
-    labelled = any(bags.truth(i) for i in feats["index"][:1])
-    if labelled and wanted("zeroshot"):
+    known = labelled(bags, feats)
+    if known and wanted("zeroshot"):
         results["zeroshot"] = zeroshot(model, tokenizer, bags, feats, base)
         print_zeroshot(results["zeroshot"])
-    if labelled and wanted("slide"):
+    if known and wanted("slide"):
         results["slide"] = slide_zeroshot(model, tokenizer, bags, feats, base)
         print("\nslide-level zero-shot diagnosis, weighted F1 by the best j patches")
         for mag, row in results["slide"].items():
             print(f"  {mag:>7}: " + "  ".join(f"j={j} {s['f1']:.3f}" for j, s in row.items()) + f"   n = {next(iter(row.values()))['n']} slides")
-    if labelled and wanted("probe"):
+    if known and wanted("probe"):
         results["probe"] = probe(bags, feats, train_bags, base)
         print("\nlinear probe of the frozen class token, weighted F1")
         for fact, row in results["probe"].items():
@@ -451,12 +448,12 @@ def report(run, test, train, device="cpu", only=None, most=300):
         print("\nwhich slide does a held-out parent come from: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in results["slide_retrieval"].items()))
     if only is None:
         slide = Path(test).parent / "slides" / Path(test).name / bags.slides[feats["index"][0]]  # the built-in world keeps its slides there
-        if labelled and slide.exists():
+        if known and slide.exists():
             truth = {fact: next((r[fact] for r in bags.truth(feats["index"][0]) if r[fact]), None) for fact in FACTS}
             asked = [(prompts.BUILT_IN[fact][name][0], lev) for fact, lev in (("architecture", 0), ("cytology", 2)) if (name := truth[fact])]
             heatmap(model, tokenizer, slide, asked + [("stroma only", 2)], Path(run) / "heatmap.png", fov_px=bags.S)
             print(f"wrote {run}/heatmap.png")
-        queries = [names[0] for fact in ("architecture", "cytology") for names in prompts.BUILT_IN[fact].values()] if labelled else \
+        queries = [names[0] for fact in ("architecture", "cytology") for names in prompts.BUILT_IN[fact].values()] if known else \
             sorted({c for i in range(len(bags)) for c in bags.captions(i) if c})[:9]
         retrieval_sheet(model, tokenizer, bags, feats, queries, Path(run) / "retrieval.png")
         print(f"\nwrote {run}/results.json, {run}/retrieval.png")

@@ -49,6 +49,14 @@ class Objective(nn.Module):
             self.register_buffer("queue_t", model.proj.weight.new_zeros(cfg.queue + 1, d))
             self.register_buffer("queue_bag", torch.full((cfg.queue + 1,), -1, device=device))
             self.register_buffer("queue_at", torch.zeros((), dtype=torch.long, device=device))
+        self.train()
+
+    def train(self, mode=True):
+        """As nn.Module, but a frozen tower stays in eval mode: its batch norms, where it has any, keep their averages."""
+        super().train(mode)
+        if self.cfg.freeze_vision:
+            self.model.vision.eval()
+        return self
 
     def memory(self):
         """What a checkpoint needs besides the model: state dict of the momentum model and the queues."""

@@ -11,7 +11,6 @@ schedule, since all three are functions of the step (batches.py): so it fits any
 """
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import resource
@@ -121,7 +120,7 @@ def open_log(folder):
 def read_log(folder):
     """log.jsonl -> {name: (steps, values)}. Of a step that was done twice, because a kill lost its checkpoint, the last line counts."""
     rows = {}
-    for row in data._whole_rows(Path(folder) / "log.jsonl", "step"):
+    for row in data.whole_rows(Path(folder) / "log.jsonl", "step"):
         if "started" not in row:
             rows[row["step"], "val_loss" in row] = row
     series = {}
@@ -168,8 +167,7 @@ def draw_curves(folders, out, width=300, height=170, columns=4):
                     draw.ellipse((x - 3, at - 3, x + 3, at + 3), outline=colour, width=2)
             if not dots and len(points) > 1:
                 draw.line(points, colour, width=2)
-    page.save(f"{out}.tmp", format="PNG")
-    os.replace(f"{out}.tmp", out)
+    data.save_png(page, out)
 
 
 def main():

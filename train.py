@@ -167,6 +167,11 @@ def parse(argv):
     return check(Config(**{**PRESETS[preset], **more, **vars(flags), "preset": preset}))
 
 
+def is_file(setting):
+    """Does a setting of weights name a file, or is it nothing or "random"?"""
+    return setting not in ("", "random")
+
+
 def check(cfg):
     """Refuse settings that cannot work, in one sentence each; returns cfg."""
     if not any(getattr(cfg, name) for name in LOSSES):
@@ -183,7 +188,7 @@ def check(cfg):
     if cfg.preset == "paper" and not (cfg.vision and (cfg.text or cfg.vision == "random")):
         flag = "text" if cfg.vision else "vision"
         raise ValueError(f"the paper preset needs --{flag} FILE: {SOURCES[flag]}; --{flag} random tries the code at full size without it")
-    if cfg.text not in ("", "random") and not cfg.tokenizer:
+    if is_file(cfg.text) and not cfg.tokenizer:
         raise ValueError(f"--text {cfg.text} needs --tokenizer FILE, for the weights know only CLIP's own ids: {SOURCES['tokenizer']}")
     if cfg.freeze_vision and not cfg.vision and networks.SIZES[cfg.size]["vision"].get("stem") != "conv":
         raise ValueError("--freeze_vision would keep random weights: it needs --vision FILE (or random, to try the code)")
@@ -224,12 +229,20 @@ def build_model(cfg, tokenizer, pretrained=True):
     torch.manual_seed(cfg.seed)
     size = networks.SIZES[cfg.size]
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
-    if pretrained and cfg.vision not in ("", "random"):
+    if pretrained and is_file(cfg.vision):
         side, clip = size["vision"]["size"], size["vision"].get("pre_norm", False)
         weights.adopt_vision(model, weights.load_clip(cfg.vision, size=side)[0] if clip else weights.load_vit(cfg.vision, side))
-    if pretrained and cfg.text not in ("", "random"):
+    if pretrained and is_file(cfg.text):
         weights.adopt_text(model, weights.load_clip(cfg.text)[1])
     return model
+
+
+def freeze(vision, device):
+    """Stop a tower from learning; on a GPU its weights go to bf16, for casting them at every call would cost half as much again."""
+    vision.requires_grad_(False).eval()
+    if device == "cuda":
+        for p in vision.parameters():  # parameters only: the pixel statistics keep their digits
+            p.data = p.data.to(torch.bfloat16)
 
 
 def learn_words(model, bags, tokenizer, cfg, context):
@@ -289,17 +302,14 @@ def mark_lengths(batch):
 
 @torch.no_grad()
 def validate(objective, batches, device, autocast, most=4):
-    """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}. Nothing is
-    enqueued, and batch norms of the tower use their averages. CVTA and MRTVA are those before the hand-over, with keywords of the own captions, and targets are
+    """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}. The objective is
+    in eval mode: nothing is enqueued, and batch norms of the tower use their averages. CVTA and MRTVA are those before the hand-over, with keywords of the own captions, and targets are
     not softened: then the numbers can be compared over the whole run."""
-    objective.eval()
     total, n = 0, min(most, max(1, len(batches.bags) // (batches.local * batches.world)))
     for i in range(n):
         with autocast:
             parts, _ = objective({k: x.to(device) for k, x in batches[i].items()})
         total = total + torch.stack([*parts.values()])
-    objective.train()
-    objective.model.vision.train(not objective.cfg.freeze_vision)
     mean = dict(zip(parts, losses.all_mean(total / n).tolist()))
     return {"val_loss": sum(getattr(objective.cfg, k) * x for k, x in mean.items()), **{f"val_{k}": x for k, x in mean.items()}}
 
@@ -338,10 +348,11 @@ def main(argv):
         keep_memory()
     if cfg.bags % (cfg.accumulate * world):
         raise ValueError(f"--bags {cfg.bags} cannot be split over {world} processes x {cfg.accumulate} micro-batches: use a multiple of {world * cfg.accumulate}")
-    if not list(run.glob("ckpt*.pt")):
-        for flag in SOURCES:
-            if getattr(cfg, flag) not in ("", "random") and not Path(getattr(cfg, flag)).exists():
-                raise ValueError(f"--{flag} {getattr(cfg, flag)} does not exist: {SOURCES[flag]}" + "; --vision random tries the code at full size without it" * (flag == "vision"))
+    begun = bool(list(run.glob("ckpt*.pt")))
+    for flag, source in SOURCES.items():
+        path = getattr(cfg, flag)
+        if not begun and is_file(path) and not Path(path).exists():
+            raise ValueError(f"--{flag} {path} does not exist: {source}" + "; --vision random tries the code at full size without it" * (flag == "vision"))
     if cfg.wandb:
         try:
             import wandb  # only here: not needed otherwise
@@ -362,7 +373,7 @@ def main(argv):
         dist.barrier()
     bags = data.BagDataset(folder / "train")
     test = data.BagDataset(folder / "test") if cfg.eval_every or cfg.evaluate else None  # now, not after three days
-    if rank == 0 and not ((run / "tokenizer.json").exists() and list(run.glob("ckpt*.pt"))):  # one left by a run that saved nothing may be of other settings
+    if rank == 0 and not (begun and (run / "tokenizer.json").exists()):  # one left by a run that saved nothing may be of other settings
         if cfg.tokenizer:
             tokenizer = text.Tokenizer.from_clip(cfg.tokenizer)
         else:  # 5,000 bags of captions are plenty to learn merges from
@@ -385,12 +396,12 @@ def main(argv):
     if model.vision.size != bags.S:
         raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --patch-px {model.vision.size}")
     if cfg.freeze_vision:
-        model.vision.requires_grad_(False).eval()  # its batch norms, where it has any, keep their averages
+        freeze(model.vision, device)
     if not (cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva):  # parts no loss reaches must not wait for gradients
         for m in (model.fuse_image, model.fuse_text, model.fuse_keyword, model.fusion, model.fusion_ln):
             m.requires_grad_(False)
     optimizer, step, skipped = make_optimizer(model, cfg, device), 0, 0
-    if not state and cfg.words and cfg.text in ("", "random"):
+    if not state and cfg.words and not is_file(cfg.text):
         learn_words(model, bags, tokenizer, cfg, context)
     objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
     if state:
@@ -410,17 +421,16 @@ def main(argv):
     if rank == 0:
         data.replace_file(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
 
-    # A frozen tower: its features once, or its weights in bf16, for casting them at every call would cost half as much again.
-    if cfg.freeze_vision and device == "cuda":
-        for p in model.vision.parameters():  # parameters only: the pixel statistics keep their digits
-            p.data = p.data.to(torch.bfloat16)
-    features, name = {}, features_name(model, cfg.size) if cfg.cache else ""
-    for split in (bags, test) if cfg.cache and test else (bags,) if cfg.cache else ():
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            cache_features(torch.compile(model.see) if cfg.compile else model.see, split, name, device, rank, world, cfg.workers)
-        features[split.folder] = Features(split, name)
-    if distributed and cfg.cache:
-        dist.barrier()
+    # The features of a frozen tower, once.
+    features, autocast = {}, torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
+    if cfg.cache:
+        name, see = features_name(model, cfg.size), torch.compile(model.see) if cfg.compile else model.see
+        for split in (bags, test) if test else (bags,):
+            with autocast:
+                cache_features(see, split, name, device, rank, world, cfg.workers)
+            features[split.folder] = Features(split, name)
+        if distributed:
+            dist.barrier()
 
     # One graph a step: networks, losses and, on a GPU, the augmentation.
     torch._dynamo.config.optimize_ddp = False  # it would split the graph, and older versions cannot where gradients cross processes
@@ -430,7 +440,6 @@ def main(argv):
         # does not change from step to step (torch 2.13 cannot have it together with no_sync, which accumulation needs).
         forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True,
                                           static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1 and not all(getattr(cfg, k) for k in LOSSES))
-    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
     nodes, rate = sum(cfg.children ** k for k in range(4)), runs.matmul_rate(device)
     say(f"{len(bags)} bags x 85 patches of {bags.S} px; {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters; "
         f"{world} x {device}, which multiplies matrices at {rate / 1e12:.2f} TFLOP/s; {cfg.bags} bags a step = {cfg.bags * nodes} patches" + ", from cached features" * cfg.cache)
@@ -543,16 +552,16 @@ def main(argv):
                 raise ValueError(f"{in_a_row:.0f} steps in a row up to step {step} had a loss or gradient that is not finite; they were left out, and {run}/ckpt.pt holds the weights before them. "
                                  f"The same command goes on behind them, with --change true under a lower --lr ({cfg.lr})")
         if cfg.eval_every and step % cfg.eval_every == 0 and (step < cfg.steps or not cfg.evaluate):
-            pause, found = time.time(), validate(objective, held_out, device, autocast)
-            model.eval()
+            pause = time.time()
+            objective.eval()
+            found = validate(objective, held_out, device, autocast)
             some = [evaluate.embed(model, b, evaluate.spread(len(b), n), device) for b, n in ((test, 60), (bags, 30))]
             if rank == 0:
                 found.update(evaluate.glance(model, tokenizer, test, *some))
                 record({"step": step, **found})
                 say(f"step {step:5d} | held out: " + " ".join(f"{k.removeprefix('val_')} {x:.3f}" for k, x in found.items()))
                 runs.draw_curves([run], run / "curves.png")
-            model.train()
-            model.vision.train(not cfg.freeze_vision)
+            objective.train()
             since += time.time() - pause
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
             runs.save_checkpoint(run, objective, optimizer, step, cfg, int(bad[1]))

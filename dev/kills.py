@@ -7,6 +7,7 @@ One kill in four is a request (SIGTERM, SIGUSR1 or SIGINT), which must be grante
 a checkpoint is being written. After each, the checkpoint must be readable and not older than the one before.
 """
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -65,15 +66,9 @@ def torment(data, out, steps, rounds, seed=0):
         soft = soft and grown()  # before the loop a request has nothing to save
         reached = max(runs.read_log(run).get("loss", ([0],))[0], default=0) if grown() else at
         name = rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)) if soft else signal.SIGKILL
-        try:
-            os.killpg(child, name)
-        except ProcessLookupError:
-            pass  # not yet a group of its own, or ended
-        if not soft:
-            try:
-                os.kill(child, name)
-            except ProcessLookupError:
-                pass
+        for send in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):  # not yet a group of its own, or ended
+                send(child, name)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         state, _ = runs.read_checkpoint(run) if run.exists() else (None, None)
         now = state["step"] if state else 0

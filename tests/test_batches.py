@@ -1,4 +1,6 @@
 """pytest tests/test_batches.py — what a step sees, and what is left of a run."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_scale_jitter_enlarges_squares_of_a_bag(world):
     tokenizer = text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
     plain, again, zoomed = (Batches(bags, tokenizer, train.parse(["--bags", "4", "--scale_jitter", s]), 64)[3] for s in ("0", "0", "0.5"))
     assert torch.equal(plain["pixels"], again["pixels"]) and "window" not in plain
-    cuda = train.dataclasses.replace(train.parse(["--bags", "4", "--scale_jitter", "0.5"]), device="cuda")             # leaves the cutting to the device
+    cuda = dataclasses.replace(train.parse(["--bags", "4", "--scale_jitter", "0.5"]), device="cuda")             # leaves the cutting to the device
     window = Batches(bags, tokenizer, cuda, 64)[3]["window"]
     side, corner = window[:, :1], window[:, 1:]
     assert (side >= 0.5).all() and (side < 1).all() and (corner >= 0).all() and (corner + side <= 1).all()
@@ -85,7 +87,7 @@ def test_augmentation_on_the_device_is_that_of_the_loader(parts):
     bags, tokenizer = parts
     cfg = train.parse(["--bags", "4", "--children", "2"])
     batch = Batches(bags, tokenizer, cfg, 64)[1]
-    whole = batch | {"pixels": torch.stack([bags[i]["image"] for i in batch["bag"].tolist()])}
+    whole = batch | {"pixels": torch.stack([bags[i]["image"] for i in batch["bag"].tolist()]), "window": torch.empty(4, 0)}
     assert torch.allclose(augment(batch, cfg.jitter), augment(whole, cfg.jitter), atol=1e-6)
     plain = Batches(bags, tokenizer, train.parse(["--bags", "4", "--children", "2", "--turns", "false", "--jitter", "0"]), 64)[1]
     assert torch.equal(augment(plain, 0.0), plain["pixels"]) and torch.equal(plain["pixels"], batch["pixels"])

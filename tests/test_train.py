@@ -27,10 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--bags", "4", "--words", "2", "--log_every", "1", "--warmup", "2", "--workers", "0", "--eval_every", "0", "--evaluate", "false", "--device", "cpu"]
 
 
+def launch(nproc):
+    """How a script is started on so many processes; 0: without torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if nproc else [sys.executable]
+
+
 def run(*argv, nproc=0, check=True):
     """train.py in a process of its own, from the repository's root."""
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if nproc else [sys.executable]
-    done = subprocess.run([*start, "train.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*launch(nproc), "train.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -83,7 +87,7 @@ def test_the_objective_compiles_whole_and_once(world):
     compiled, shapes = torch.compile(objective, dynamic=False, fullgraph=True, backend=counted), set()
     for i in range(8):
         batch = batches[i]
-        batch["pixels"] = torch.stack([bags[j]["image"] for j in batch["bag"].tolist()])  # as on a GPU: whole bags, to be cut in the graph
+        batch |= {"pixels": torch.stack([bags[j]["image"] for j in batch["bag"].tolist()]), "window": torch.empty(4, 0)}  # as on a GPU: whole bags, to be cut in the graph
         train.mark_lengths(batch)
         shapes.add((batch["ids"].shape[2], *batch["keywords"].shape))
         twin = copy.deepcopy(objective)                                                # a step changes the queue
@@ -174,16 +178,15 @@ def test_a_request_is_granted_and_the_next_process_goes_on(world, tmp_path):
     run("--data", world, "--out", tmp_path / "whole", "--steps", 9, *more)
 
     def until(step, name, nproc):
-        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if nproc > 1 else [sys.executable]
-        first = subprocess.Popen([*start, "train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "9", *more, "--workers", "1"],
+        first = subprocess.Popen([*launch(nproc), "train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "9", *more, "--workers", "1"],
                                  cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         while first.poll() is None and max(runs.read_log(tmp_path / "parts").get("loss", ([0],))[0], default=0) < step:
             time.sleep(0.02)
         os.killpg(first.pid, name)
         out, _ = first.communicate(timeout=60)
-        assert "stopped at step" in out and (nproc > 1 or first.returncode == 0), out
+        assert "stopped at step" in out and (nproc or first.returncode == 0), out
         return weights_of(tmp_path / "parts")["step"]
-    one = until(1, signal.SIGTERM, 1)
+    one = until(1, signal.SIGTERM, 0)
     two = until(one + 1, signal.SIGTERM, 2)
     assert 1 <= one < two <= 9
     again = run("--data", world, "--out", tmp_path / "parts", "--steps", 9, *more)
@@ -260,7 +263,7 @@ def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
     argv = ["--data", str(world), "--steps", "50", *SMALL, "--bags", "4", "--pairs", "1", "--alpha", "0.4", "--queue", "50"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = subprocess.Popen([sys.executable, script, *argv, "--out", tmp_path / "one"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", script, *argv, "--out", tmp_path / "two"],
+    two = subprocess.run([*launch(2), script, *argv, "--out", tmp_path / "two"],
                          cwd=ROOT, env=env, capture_output=True, text=True)
     errors = one.communicate()[1]
     assert two.returncode == one.returncode == 0, two.stderr + errors
