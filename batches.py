@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import data
 import losses
+import model as networks
 import synthetic
 import text
 
@@ -207,9 +208,7 @@ class Features:
 def features_name(model, size):
     """What the features of a model's vision tower are called: a hash of its size (a key of model.SIZES) and weights and of the tokens that are
     kept, and the pixels it reads."""
-    digest = hashlib.sha256(f"{size} {model.pool}".encode())
-    for name, x in sorted(model.vision.state_dict().items()):
-        digest.update(name.encode() + x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    digest = hashlib.sha256(f"{size} {model.pool} {networks.fingerprint(model.vision)}".encode())
     return f"{digest.hexdigest()[:12]}-{model.vision.size}"
 
 

@@ -222,6 +222,12 @@ def save_png(image, path):
     image.save(content, format="PNG")
     replace_file(Path(path), content.getvalue())
 
+def save_npz(path, arrays):
+    """dict of arrays -> .npz, whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    replace_file(Path(path), content.getvalue())
+
 # ---------------------------------------------------------------- bags as a dataset
 
 def read_jsonl(path):
@@ -326,9 +332,7 @@ def _index(folder, captions):
     index = dict({k: np.concatenate(v) for k, v in columns.items()}, shards=np.array([s.name for s in shards]), S=S, stamp=stamp)
     if captions:
         try:
-            content = io.BytesIO()
-            np.savez(content, **index)
-            replace_file(path, content.getvalue())
+            save_npz(path, index)
         except OSError:                                   # a folder that is only to be read: then it is made at each start
             pass
     return index

@@ -26,6 +26,7 @@ References
     python model.py export RUN --to open_clip|huggingface     # both towers as a folder that those packages load
 """
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -88,6 +89,14 @@ class Attention(nn.Module):
         causal = isinstance(mask, str) and mask == "causal"
         x = scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)  # [N, H, L or 1, D/H]
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def fingerprint(module):
+    """Twelve digits of a hash of all weights of a network: the same whatever machine or precision it sits in."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        digest.update(name.encode() + x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def pick(x, at):
@@ -365,7 +374,10 @@ class MRPLIP(nn.Module):
     def see(self, images):
         """What is kept of an image: [N, 3, S, S] in [0, 1] -> [N, V, Dv], the class token and the patch grid averaged to pool x pool (windows
         overlap where the grid is no multiple; pool = 0: all patch tokens). That makes fusion affordable and a feature cache small."""
-        tokens = self.vision(images)                                                   # [N, 1 + P, Dv]
+        return self.pooled(self.vision(images))                                        # of [N, 1 + P, Dv]
+
+    def pooled(self, tokens):
+        """The same of the vision tower's tokens [N, 1 + P, Dv] -> [N, V, Dv]."""
         if self.pool:
             grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [N, Dv, g, g]
             grid = F.adaptive_avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)   # [N, pool^2, Dv]
@@ -494,25 +506,31 @@ def print_sizes():
     print("fp32, one item each, no activation checkpointing. Under bf16 autocast about half is kept for backward; a frozen vision tower keeps nothing, and 2 bytes a weight.")
 
 
-def read_picture(path, size):
-    """A picture file -> [3, size, size] in [0, 1]: its largest centred square, resampled. ValueError names the file."""
+def open_picture(path):
+    """A picture file -> PIL image, RGB. ValueError names the file."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has {image.mode} pixels, not 8-bit ones")
-            side, (W, H) = min(image.size), image.size
-            left, top = (W - side) // 2, (H - side) // 2
-            square = image.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC)
+            return image.convert("RGB")
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is a slide, not a patch: cut it with `python data.py tile`") from None
     except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f"{path} cannot be read as a picture ({e}): give patches as PNG, JPEG or TIFF") from None
+
+
+def read_picture(path, size):
+    """A picture file -> [3, size, size] in [0, 1]: its largest centred square, resampled. ValueError names the file."""
+    image = open_picture(path)
+    side, (W, H) = min(image.size), image.size
+    left, top = (W - side) // 2, (H - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 
 def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
     """A caption and the keywords closest in the shared space for each picture file, as they come -> how many could not be read."""
-    from evaluate import embed_texts, load_run
+    from subjects import embed_texts, load_run
     device, failed = "cuda" if torch.cuda.is_available() else "cpu", 0
     (model, tokenizer), generator = load_run(run, device), torch.Generator(device).manual_seed(seed)
     listed = Path(run) / "keywords.json"
@@ -563,7 +581,7 @@ def main():
         sys.exit(min(print_captions(args.run, args.images, args.prefix, args.top_p, args.best, args.seed), 100))
     else:
         import weights
-        from evaluate import load_run
+        from subjects import load_run
         folder = weights.export(*load_run(args.run), args.out or Path(args.run) / args.to, args.to)
         print(f"wrote {folder}: image and text tower (fusion, captions and SimSiam heads have no place there)")
 

@@ -7,6 +7,9 @@ its classes are the labels as the data set itself writes them (folder, code or n
 All names and templates are ours. Idea: prompt ensembles as in CLIP, MI-Zero and CONCH (Lu et al. 2023, 2024).
 """
 
+import json
+from pathlib import Path
+
 # The built-in world's facts; the first names in the form of a keyword, as CVTA saw them.
 BUILT_IN = {
     "architecture": {
@@ -38,6 +41,12 @@ TEMPLATES = ("{}", "{}, H&E", "{}, H&E stain, histopathology", "an H&E stained i
 
 # Tile data sets first, then those of whole slides. The remark says what a patch is; the magnification decides which of the four levels reads it.
 DATASETS = {
+    "built-in-tissue": {                                  # the masks of the built-in world's slides (synthetic.py masks), in the order of their values
+        "tumour": (*(names[0] for fact in ("architecture", "cytology") for names in BUILT_IN[fact].values()),),
+        "stroma": ("stroma only", "connective tissue without tumour", "benign stroma with scattered fibroblasts"),
+        "fat": ("mature adipose tissue", "fat cell with clear vacuole", "adipocyte"),
+        "glass": ("blank background", "empty glass without tissue", "white background"),
+    },
     "nct-crc": {                                          # colorectal tissue, 224 px at 0.5 um/px (20x); CRC-VAL-HE-7K is its test set
         "ADI": ("adipose tissue", "fat", "mature adipocytes", "fat cells with clear cytoplasm"),
         "BACK": ("background", "empty glass", "blank slide without tissue"),
@@ -125,6 +134,30 @@ DATASETS = {
         "IC": ("invasive breast carcinoma", "carcinoma infiltrating the breast stroma"),
     },
 }
+
+
+def find(spec, labels):
+    """Names of the classes of a data set and the templates they go into: spec, a key of DATASETS, a JSON file {label: [names]}, or None: then the data set of DATASETS that has all
+    `labels`. -> ({label as written in `labels`: tuple of names}, templates). ValueError where a label has no names."""
+    key = spec
+    if spec is None:
+        fitting = [k for k, classes in DATASETS.items() if {c.lower() for c in labels} <= {c.lower() for c in classes}]
+        if not labels or not fitting:
+            raise ValueError(f"the labels {' '.join(sorted(labels)[:6])} belong to no data set of prompts.py: write {{label: [names]}} into a JSON file and give it as --classes")
+        key = min(fitting, key=lambda k: len(DATASETS[k]))
+    if key in DATASETS:
+        classes = DATASETS[key]
+    else:
+        try:
+            classes = {c: (names,) if isinstance(names, str) else tuple(names) for c, names in json.loads(Path(key).read_text(encoding="utf-8")).items()}
+            if not classes or not all(names and all(isinstance(n, str) and n for n in names) for names in classes.values()):
+                raise ValueError("every class needs at least one name")
+        except (OSError, ValueError, AttributeError, TypeError) as e:
+            raise ValueError(f"--classes {key} is neither a JSON file {{label: [names]}} ({e}) nor one of {' '.join(DATASETS)}") from None
+    spelled = {c.lower(): c for c in labels}
+    if lacking := set(spelled) - {c.lower() for c in classes}:
+        raise ValueError(f"the class {spelled[lacking.pop()]} has no names in {key}, which knows {' '.join(classes)}: add it")
+    return {spelled.get(c.lower(), c): names for c, names in classes.items()}, BUILT_IN_TEMPLATES if str(key).startswith("built-in") else TEMPLATES
 
 
 def class_prompts(names, templates, ensemble=True):

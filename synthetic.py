@@ -606,6 +606,17 @@ def show(path, seed):
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
+def write_masks(folder):
+    """For every finished slide of a folder STEM.mask.png, its tissue map (value = number in TISSUES), and masks.csv: what `evaluate.py segment` reads -> their number."""
+    lines = ["file,mask"]
+    for path in sorted(Path(folder).glob("*.svs")):
+        tissue, mask = read_truth(path)[1], path.with_suffix(".mask.png")
+        atomically(mask, lambda f: Image.fromarray(tissue).save(f, format="PNG"))
+        lines.append(f"{path.name},{mask.name}")
+    atomically(Path(folder) / "masks.csv", lambda f: f.write("\n".join([*lines, ""]).encode()))
+    return len(lines) - 1
+
+
 def main():
     parser = argparse.ArgumentParser(description="Make synthetic H&E slides (SVS) whose truth is known.")
     parser.add_argument("out", help="folder for the slides")
@@ -614,11 +625,14 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="index of the first slide")
     parser.add_argument("--size", type=int, default=2048, help="side in level-0 pixels")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--masks", action="store_true", help="write the tissue maps of all slides of the folder as PNGs, too, with a masks.csv")
     parser.add_argument("--show", metavar="PNG", help="draw every pair of facts")
     args = parser.parse_args()
     if args.show:
         show(args.show, args.seed)
     make_slides(args.out, args.slides, args.seed, args.first, args.size, args.workers)
+    if args.masks:
+        print(f"{write_masks(args.out)} masks, {args.out}/masks.csv")
 
 
 if __name__ == "__main__":

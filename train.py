@@ -48,8 +48,10 @@ import evaluate
 import losses
 import model as networks
 import runs
+import subjects
 import text
 import weights
+import zeroshot
 from batches import Batches, Features, ahead, cache_features, features_name, make_world, number
 from objective import Objective
 
@@ -555,9 +557,9 @@ def main(argv):
             pause = time.time()
             objective.eval()
             found = validate(objective, held_out, device, autocast)
-            some = [evaluate.embed(model, b, evaluate.spread(len(b), n), device) for b, n in ((test, 60), (bags, 30))]
+            some = [subjects.embed(model, b, subjects.spread(len(b), n), device) for b, n in ((test, 60), (bags, 30))]
             if rank == 0:
-                found.update(evaluate.glance(model, tokenizer, test, *some))
+                found.update(zeroshot.glance(model, tokenizer, test, *some))
                 record({"step": step, **found})
                 say(f"step {step:5d} | held out: " + " ".join(f"{k.removeprefix('val_')} {x:.3f}" for k, x in found.items()))
                 runs.draw_curves([run], run / "curves.png")

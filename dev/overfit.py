@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-import evaluate
+import subjects
 import synthetic
 import train
 
@@ -32,7 +32,7 @@ def main():
     train.make_world(world, train=2, test=1)
     train.main(["--data", str(world), "--out", args.out, "--steps", args.steps, "--bags", "8", "--pairs", "4", "--jitter", "0", "--turns", "false",
                 "--itc", "0", "--itm", "0", "--mlm", "0", "--cvta", "0", "--mrtva", "0", "--evaluate", "false", "--eval_every", "0", *more])   # only what teaches it to speak
-    bags, (model, tokenizer) = data.BagDataset(world / "train"), evaluate.load_run(args.out)
+    bags, (model, tokenizer) = data.BagDataset(world / "train"), subjects.load_run(args.out)
     spell = lambda words: tokenizer.decode(tokenizer.encode(words))                    # as the tokenizer spells them
     right = words = total = 0
     for i in range(len(bags)):

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
+import subjects
 import model as networks
 import tokenizer
 
@@ -238,8 +238,8 @@ def test_keywords_shown_are_the_closest(run, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(run / "a.png")
     networks.print_captions(run, [run / "a.png"], best=2)
     shown = capsys.readouterr().out.splitlines()[2]
-    model, words = evaluate.load_run(run)
-    cosine = (model.encode_image(networks.read_picture(run / "a.png", 64)[None]) @ evaluate.embed_texts(model, words, ["mucin", "large nucleus", "sheet"]).T)[0]
+    model, words = subjects.load_run(run)
+    cosine = (model.encode_image(networks.read_picture(run / "a.png", 64)[None]) @ subjects.embed_texts(model, words, ["mucin", "large nucleus", "sheet"]).T)[0]
     first, second = cosine.topk(2).indices.tolist()
     assert shown == "  " + ", ".join(f"{['mucin', 'large nucleus', 'sheet'][i]} {cosine[i]:.2f}" for i in (first, second))
 
@@ -260,14 +260,14 @@ def test_a_checkpoint_of_other_networks_is_one_sentence(run):
     state = torch.load(run / "ckpt.pt", weights_only=True)
     torch.save({**state, "config": {"size": "gone"}}, run / "ckpt.pt")
     with pytest.raises(ValueError, match="is of size 'gone', which model.SIZES does not have"):
-        evaluate.load_run(run)
+        subjects.load_run(run)
     (run / "ckpt.pt").write_bytes(b"cut")
     with pytest.raises(ValueError, match="ckpt.pt cannot be read"):
-        evaluate.load_run(run)
+        subjects.load_run(run)
     del state["model"]["lm_bias"]
     torch.save(state, run / "ckpt.pt")
     with pytest.raises(ValueError, match="ckpt.pt holds other networks than this code builds .*lm_bias"):
-        evaluate.load_run(run)
+        subjects.load_run(run)
 
 
 def test_sizes_are_those_of_the_papers(capsys, monkeypatch):
