@@ -125,9 +125,9 @@ def bags_hash(bags):
 
 
 def report(run, test, train, device="cpu"):
-    """What train.py ends with: all quick protocols on the run's own shards."""
+    """What train.py ends with: on the run's own shards all that takes seconds. The probes are for the command line."""
     model, tokenizer = load_run(run, device)
-    measure_bags(Subject(model, tokenizer, Path(run).resolve().name), test, train, run, device, ("zeroshot", "slide", "probe", "retrieval"), pages=True)
+    measure_bags(Subject(model, tokenizer, Path(run).resolve().name), test, train, run, device, ("zeroshot", "slide", "retrieval"), pages=True)
 
 
 def measure_bags(subject, test, train, out, device, wanted, pages=False, most=300, features=("backbone",), top=0, labels=None, classes=None, k=5, cached=False, facts=FACTS, mags=MAG_NAMES, mil=False):
