@@ -209,3 +209,27 @@ def embed(model, bags, indices, device="cpu", at_once=8, read=None, folder=None)
 def spread(n, most):
     """At most `most` of n bag numbers, evenly spread: every slide gives some."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist()
+
+
+def labels_of(bags, indices, fact):
+    """Ground truth [G, N]: class number, or -1 where the fact is not defined (no tumour) or no truth file is there."""
+    names = {name: c for c, name in enumerate(prompts.BUILT_IN[fact])}
+    y = np.full((len(indices), data.NODES), -1)
+    for g, i in enumerate(indices):
+        for n, row in enumerate(bags.truth(i) or []):
+            if row and row.get(fact) is not None:
+                y[g, n] = names[row[fact]]
+    return y
+
+
+def labelled(bags, feats):
+    """Is there ground truth beside the shards that features were computed of?"""
+    return bool(bags.truth(feats["index"][0]))
+
+
+def by_slide(bags, feats):
+    """{slide: rows of its bags in feats}."""
+    slides = {}
+    for g, i in enumerate(feats["index"]):
+        slides.setdefault(bags.slides[i], []).append(g)
+    return slides

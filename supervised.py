@@ -3,6 +3,7 @@
 The first four are functions of features: x0 [R0, M], y0 [R0] to learn from and x1 [R1, M] to predict, which give class probabilities [R1, C]. `cross`
 runs any of them over folds in which no patient is on both sides, so that every row is predicted once by a model that did not see it.
 
+Outline: tasks and splits | on frozen features | slides (attention MIL) | full fine-tuning.
 Shape letters: R rows, M features, C classes, N patches of a slide, H hidden width, S pixels per side.
 
 References: [1] Lu et al. 2024, CONCH (the probe's regularisation).  [2] Chen et al. 2024, UNI (prototypes, k-NN).  [3] Wang et al. 2019, SimpleShot.
@@ -10,6 +11,7 @@ References: [1] Lu et al. 2024, CONCH (the probe's regularisation).  [2] Chen et
 """
 import copy
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +22,53 @@ from tqdm import tqdm
 
 import data
 import metrics
+import prompts
 from datasets import folds
+from metrics import scores
+from pictures import LEVEL, MAG_NAMES
+from subjects import by_slide, labels_of
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks and splits
+
+@dataclass
+class Task:
+    """R rows with a class. x: features by name, [R, M] each; y [R] numbers of `classes`; groups [R] (slides, patients) or None; split [R], of "train",
+    "val", "test" or ""; places, where rows are patches of shards: (which part, row of its features, node) each."""
+    name: str
+    x: dict
+    y: np.ndarray
+    classes: list
+    groups: object = None
+    split: object = ()
+    places: list = ()
+
+    @property
+    def who(self):
+        """What a bootstrap draws: the groups, else the rows."""
+        return np.arange(len(self.y)) if self.groups is None else np.asarray(self.groups)
+
+
+def tasks_of_bags(parts, facts=tuple(prompts.BUILT_IN), mags=MAG_NAMES, most=3000, seed=0):
+    """Tasks of shards, the patches of one magnification that have a fact: parts [(bags, feats, "train" or "test" or "")], at most `most` rows of each
+    part, drawn by lot -> yields Task; what a part has none of is left out."""
+    rng = np.random.default_rng(seed)
+    for fact in facts:
+        for mag in mags:
+            x, y, slides, split, places = [], [], [], [], []
+            for k, (bags, feats, name) in enumerate(parts):
+                truth = labels_of(bags, feats["index"], fact)                          # [G, N]
+                spots = np.argwhere((truth >= 0) & feats["valid"].numpy() & (LEVEL == MAG_NAMES.index(mag)))
+                spots = spots[rng.permutation(len(spots))[:most]]                      # [R, 2]: row of feats, node
+                x.append({n: f[tuple(spots.T)].numpy() for n, f in feats.items() if n not in ("valid", "index")})
+                y.append(truth[tuple(spots.T)])
+                slides += [bags.slides[feats["index"][g]] for g, _ in spots]
+                split += [name] * len(spots)
+                places += [(k, *spot) for spot in spots.tolist()]
+            if all(map(len, y)):
+                x = {{"v": "projected"}.get(n, n): np.concatenate([part[n] for part in x]) for n in x[0]}
+                yield Task(f"{fact} {mag}", x, np.concatenate(y), list(prompts.BUILT_IN[fact]), np.array(slides), split, places)
 
 
 def splits(y, groups, split, k=5, seed=0):
@@ -46,6 +94,8 @@ def fit_logistic(x, y, C, iterations=1000):
     """Multinomial logistic regression by L-BFGS: x [R, M], y [R] -> (W [C, M], b [C]), float64. Minimises the summed cross-entropy + lambda / 2 |W|^2 with
     lambda = 100 / (M C), the published setting [1]: scikit-learn's C = M C / 100. Features as they are: neither scaled nor normalised."""
     x, y = torch.as_tensor(x).double(), torch.as_tensor(y)
+    mean = x.mean(0)                                                                   # b is not penalised, so that centred features have the same optimum;
+    x = x - mean                                                                       # it is found in far fewer steps
     W, b = torch.zeros(C, x.shape[1], dtype=x.dtype, requires_grad=True), torch.zeros(C, dtype=x.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e-8, tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe")
 
@@ -55,7 +105,7 @@ def fit_logistic(x, y, C, iterations=1000):
         loss.backward()
         return loss
     optimizer.step(closure)
-    return W.detach(), b.detach()
+    return W.detach(), (b - W @ mean).detach()
 
 
 def logistic(x0, y0, x1, C):
@@ -101,6 +151,20 @@ def few_shot(x, y, C, pairs, shots=(1, 2, 4, 8, 16), seeds=10):
             rows = np.concatenate([rng.permutation(train[y[train] == c])[:k] for c in range(C)])
             found.append(metrics.rates(metrics.confusion(y[test], prototypes(x[rows], y[rows], x[test], C).argmax(1), C))["balanced"])
         out[k] = {"balanced": float(np.mean(found)), "std": float(np.std(found)), "low": float(min(found)), "high": float(max(found))}
+    return out
+
+
+def probe(tasks, features=("backbone",), k=5, seed=0):
+    """Every method of METHODS, and few-shot, on every feature of every Task -> {"probe": [row], "few_shot": [row]}."""
+    out = {"probe": [], "few_shot": []}
+    for task in tasks:
+        C, pairs = len(task.classes), splits(task.y, task.groups, task.split, k, seed)
+        for feature in (f for f in features if f in task.x):
+            about = {"task": task.name, "features": feature}
+            for name, method in METHODS.items():
+                rows, p = cross(method, task.x[feature], task.y, C, pairs)
+                out["probe"].append({**about, "method": name, **scores(task.y[rows], p.argmax(1), C, task.who[rows], p)})
+            out["few_shot"].append({**about, "k": few_shot(task.x[feature], task.y, C, pairs)})
     return out
 
 
@@ -150,6 +214,27 @@ def mil(bags, y, C, pairs):
     """Gated-attention MIL over `splits` of slides -> (slides that were predicted, probabilities)."""
     out = [(test, fit_mil([bags[i] for i in train], y[train], C)([bags[i] for i in test])) for train, test in tqdm(pairs, desc="MIL", unit="fold", leave=False)]
     return np.concatenate([rows for rows, _ in out]), np.concatenate([p for _, p in out])
+
+
+def mil_of_bags(parts, classes, patients=None, feature="backbone", k=5):
+    """Attention MIL per magnification: parts [(bags, feats, {slide: class}, split)], classes, {slide: patient} or None -> {mag: scores}. Learns on the
+    training slides and is measured on the test slides where both are there, else in k folds by patient."""
+    out = {}
+    for lev, mag in enumerate(MAG_NAMES):
+        x, y, who, split = [], [], [], []
+        for bags, feats, truth, name in parts:
+            for slide, rows in by_slide(bags, feats).items():
+                use = feats["valid"][rows][:, LEVEL == lev]
+                if slide in truth and use.any():
+                    x.append(feats[feature][rows][:, LEVEL == lev][use])               # [N, M]
+                    y.append(classes.index(truth[slide]))
+                    who.append((patients or {}).get(slide, slide))
+                    split.append(name)
+        y, who = np.array(y), np.array(who)
+        if len(set(y)) > 1:
+            rows, p = mil(x, y, len(classes), splits(y, who, split, k))
+            out[mag] = scores(y[rows], p.argmax(1), len(classes), who[rows], p)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,3 +306,17 @@ def fine_tune(vision, tiles, y, C, train, val, device="cpu", epochs=30, patience
     vision.load_state_dict(kept[0])
     head.load_state_dict(kept[1])
     return predict, best_epoch
+
+
+def tune(vision, tiles, task, device="cpu", k=5, seed=0, **settings):
+    """`fine_tune` over `splits`, each with a fifth of its training groups (or the source's own validation rows) to stop by -> a row of scores."""
+    rows, p, best, split = [], [], [], np.asarray(task.split)
+    for train, test in splits(task.y, task.groups, task.split, k, seed):
+        val = split[train] == "val"
+        val = val if val.any() else folds(task.y[train], task.who[train], 5, seed) == 0
+        predict, epoch = fine_tune(vision, tiles, task.y, len(task.classes), train[~val], train[val], device, seed=seed, **settings)
+        found = predict(test)                                                          # [R1, C]
+        read = found.sum(1) > 0                                                        # not those that could not be
+        rows, p, best = rows + [test[read]], p + [found[read]], best + [epoch]
+    rows, p = np.concatenate(rows), np.concatenate(p)
+    return {"task": task.name, "method": f"fine-tuned, best epochs {' '.join(map(str, best))}", **scores(task.y[rows], p.argmax(1), len(task.classes), task.who[rows], p)}

@@ -5,7 +5,7 @@ Everything is a cosine: of an image and a class text, of an image and a caption.
 Outline: zero-shot and the merging of magnifications | slides (MI-Zero), heatmaps | retrieval, re-ranked by image-text matching.
 Shape letters: G bags, N = 85 nodes, C classes, d the shared space, R rows of a task, P parents of a slide, J patches.
 
-References: [1] MR-PLIP, CVPR 2025, section 4.  [2] Lu et al. 2023, MI-Zero (top-j pooling).  [3] Lu et al. 2024, CONCH (prompt ensembles).  [4] Li et al. 2021, ALBEF (re-ranking).
+References: [1] MR-PLIP, CVPR 2025, section 4.  [2] Lu et al. 2023, MI-Zero (top-j pooling).  [3] Lu et al. 2024, CONCH (prompt ensembles).  [4] Li et al. 2021, ALBEF (re-ranking; its sum with ITC: Li et al. 2022, BLIP).
 """
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import prompts
 import text
 from metrics import scores
 from pictures import LEVEL, MAG_NAMES
-from subjects import class_weights, embed_texts, fit, reader
+from subjects import by_slide, class_weights, embed_texts, fit, labelled, labels_of, reader
 
 FACTS = tuple(prompts.BUILT_IN)
 ALL_MAGS = (*MAG_NAMES, "merged")
@@ -32,22 +32,6 @@ ALL_MAGS = (*MAG_NAMES, "merged")
 # Zero-shot. Merging the four magnifications of a bag: a level whose captions never name a fact still prefers some class,
 # always the same one, and plain averaging lets it vote. So each level's scores are centred on *training* bags (no labels
 # needed) and then added; a level that cannot see the fact varies little, so it needs no weight. Chosen once, for all facts.
-
-def labels_of(bags, indices, fact):
-    """Ground truth [G, N]: class number, or -1 where the fact is not defined (no tumour) or no truth file is there."""
-    names = {name: c for c, name in enumerate(prompts.BUILT_IN[fact])}
-    y = np.full((len(indices), data.NODES), -1)
-    for g, i in enumerate(indices):
-        for n, row in enumerate(bags.truth(i) or []):
-            if row and row.get(fact) is not None:
-                y[g, n] = names[row[fact]]
-    return y
-
-
-def labelled(bags, feats):
-    """Is there ground truth beside the shards that features were computed of?"""
-    return bool(bags.truth(feats["index"][0]))
-
 
 def level_scores(feats, W):
     """Class scores of each magnification of each bag: mean cosine over its valid nodes -> [G, 4, C], NaN where there are none."""
@@ -136,14 +120,6 @@ def glance(model, tokenizer, bags, test, train):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Slides
-
-def by_slide(bags, feats):
-    """{slide: rows of its bags in feats}."""
-    slides = {}
-    for g, i in enumerate(feats["index"]):
-        slides.setdefault(bags.slides[i], []).append(g)
-    return slides
-
 
 def top_j(s, js=(1, 5, 10, 50, 100)):
     """MI-Zero [2]: scores of a slide's patches [P, C] -> {j: [C], the mean of each class's j best} for every j, clipped to the patches there are."""
@@ -240,16 +216,18 @@ def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, fov_px=None, d
 # Retrieval
 
 def rerank(similarity, score, k):
-    """Put the k most similar answers of each query in the order of a finer score [4]: similarity [R, G], score(query, answers [k]) -> [k] -> similarity with those k lifted above all others."""
+    """Put the k most similar answers of each query in the order of a finer score [4]: similarity [R, G], score(query, answers [k]) -> [k]
+    -> similarity with those k lifted above all others."""
     out = similarity.copy()
     for q, best in enumerate(np.argsort(-similarity, axis=1, kind="stable")[:, :k]):
-        out[q, best] = similarity[q].max() + 1 + score(q, best)
+        fine = score(q, best)
+        out[q, best] = similarity[q].max() + 1 + fine - fine.min()
     return out
 
 
 @torch.no_grad()
 def matcher(model, tokenizer, images, captions, at_once=64):
-    """ITM: images [R, 3, S, S], R captions -> function (image numbers, caption numbers) -> probability that they match [n]. ValueError for a model without fusion."""
+    """ITM: images [R, 3, S, S], R captions -> function (image numbers, caption numbers) -> log-odds that they match [n]."""
     device, context = next(model.parameters()).device, len(model.text.pos)
     ids = text.trim(tokenizer.batch(captions, context), tokenizer.end).to(device)
     visual = torch.cat([model.visual_tokens(model.see(part.to(device))) for part in images.split(at_once)])            # [R, V, D]
@@ -261,17 +239,21 @@ def matcher(model, tokenizer, images, captions, at_once=64):
         out = []
         for i, c in zip(torch.as_tensor(image).split(at_once), torch.as_tensor(caption).split(at_once)):
             fused = model.fuse_with_text(visual[i], words[c], valid[c], at=end[c])
-            out.append(model.itm_head(fused).float().softmax(-1)[:, 1].cpu())
+            out.append((model.itm_head(fused).float() @ torch.tensor([-1.0, 1.0], device=device)).cpu())
         return torch.cat(out).numpy()
     return match
 
 
-def recall_both(v, t, hit, match=None, top=0):
-    """Image -> text and text -> image: v, t [R, d] numpy, hit bool [R, R] -> {"image_to_text_R@1" ...: share, "mean": of all six}. With match the best `top` are re-ranked."""
+def recall_both(v, t, hit, match=None, top=0, scale=1.0):
+    """Image -> text and text -> image: v, t [R, d] numpy, hit bool [R, R] -> {"image_to_text_R@1" ...: share, "mean": of all six}. With `match` the
+    best `top` are ordered anew by the sum of both log-odds, ITC's (scale times the cosine) and ITM's, as in BLIP: an ITM that has learned
+    nothing then changes nothing, where ITM alone, as in ALBEF, would put them in any order."""
     row = {}
-    for name, sim, right, score in (("image_to_text", v @ t.T, hit, lambda q, best: match(np.full(len(best), q), best)),
-                                    ("text_to_image", t @ v.T, hit.T, lambda q, best: match(best, np.full(len(best), q)))):
-        row |= {f"{name}_{k}": x for k, x in metrics.recalls(rerank(sim, score, min(top, len(sim))) if top else sim, right).items()}
+    for name, sim, right, pairs in (("image_to_text", v @ t.T, hit, lambda q, best: (np.full(len(best), q), best)),
+                                    ("text_to_image", t @ v.T, hit.T, lambda q, best: (best, np.full(len(best), q)))):
+        if top:
+            sim = rerank(sim, lambda q, best, sim=sim, pairs=pairs: scale * sim[q, best] + match(*pairs(q, best)), min(top, len(sim)))
+        row |= {f"{name}_{k}": x for k, x in metrics.recalls(sim, right).items()}
     return row | {"mean": float(np.mean(list(row.values())))}
 
 
@@ -292,7 +274,8 @@ def retrieval(model, tokenizer, bags, feats, most=300, seed=0, top=0):
         out[mag] = {"n": len(spots), **recall_both(v, t, hit)}
         if top:
             patches = torch.stack([data.pyramid(bags[feats["index"][g]]["image"][None])[0, n] for g, n in spots])
-            out[mag]["reranked"] = recall_both(v, t, hit, matcher(model, tokenizer, fit(patches, model.vision.size), captions), top)
+            match = matcher(model, tokenizer, fit(patches, model.vision.size), captions)
+            out[mag]["reranked"] = recall_both(v, t, hit, match, top, float(model.itc_scale.detach().exp()))
     return out
 
 
