@@ -211,7 +211,8 @@ def whole_rows(path, *keys):
     return rows
 
 def replace_file(path, content):
-    """Write bytes or text so that the file appears whole or not at all."""
+    """Write bytes or text so that the file appears whole or not at all; its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temp.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temp, path)

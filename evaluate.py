@@ -116,7 +116,7 @@ def measure_shards(subject, test, train, out, device, args, wanted, mil=True, ca
     if "slide" in wanted and s.truth:
         if subject.tokenizer:
             found = zeroshot.of_slides(subject.model, subject.tokenizer, s.bags, s.feats, s.base, s.names, s.templates, s.truth)
-            keep(out, s.about | dict(prompts=s.prompts), {"slide": found})
+            keep(out, s.about | dict(prompts=s.prompts), {"slide": found}, {} if asked or not s.known else built_in_heatmap(subject, s, test, out, device))
         if mil:
             parts = [(s.bags, s.feats, s.truth, "test" if train else "")]
             if train:
@@ -131,8 +131,6 @@ def measure_shards(subject, test, train, out, device, args, wanted, mil=True, ca
         keep(out, s.about | dict(regularisation="100 / (M C)"), found, {"projection.png": "Two first principal components of patches' features, coloured by class."})
     if "retrieval" in wanted:
         shards_retrieval(subject, s, out, args.top)
-    if not asked and s.known and subject.tokenizer:
-        built_in_heatmap(subject, s, test, out, device)
     print(f"\nwrote {out}/results.json, report.html and pictures")
 
 
@@ -166,19 +164,22 @@ def shards_retrieval(subject, s, out, top):
             images["retrieval.png"] = "Query texts and the patches closest to them, each from another slide, one row per magnification."
     if s.shared:
         found["slide_retrieval"] = zeroshot.slide_retrieval(s.bags, s.feats, s.train_bags, s.gallery)
-    if s.truth:
-        found["diagnosis_retrieval"] = zeroshot.diagnosis_retrieval(s.bags, s.feats, s.truth)
+    if s.truth and (rows := zeroshot.diagnosis_retrieval(s.bags, s.feats, s.truth)):  # none where each slide has a class of its own
+        found["diagnosis_retrieval"] = rows
     keep(out, s.about, found, images)
 
 
 def built_in_heatmap(subject, s, test, out, device):
-    """The first test slide of the built-in world, which keeps its slides beside the shards, with what is true of it and a query that is not."""
+    """The first test slide of the built-in world, which keeps its slides beside the shards, with what is true of it and what is true beside the tumour
+    -> {file: caption}, or nothing where the slide is not there."""
     first = s.feats["index"][0]
     slide = Path(test).parent / "slides" / Path(test).name / s.bags.slides[first]
-    if slide.exists():
-        true = {fact: next((r[fact] for r in s.bags.truth(first) if r and r.get(fact)), None) for fact in ("architecture", "cytology")}
-        queries = [(prompts.BUILT_IN[fact][name][0], lev) for (fact, name), lev in zip(true.items(), (0, 2)) if name] + [("stroma only", 2)]
-        zeroshot.heatmap(subject.model, subject.tokenizer, slide, queries, out / "heatmap.png", fov_px=s.bags.S, device=device)
+    if not slide.exists():
+        return {}
+    true = {fact: next((r[fact] for r in s.bags.truth(first) if r and r.get(fact)), None) for fact in ("architecture", "cytology")}
+    queries = [(prompts.BUILT_IN[fact][name][0], lev) for (fact, name), lev in zip(true.items(), (0, 2)) if name] + [("stroma only", 2)]
+    zeroshot.heatmap(subject.model, subject.tokenizer, slide, queries, out / "heatmap.png", fov_px=s.bags.S, device=device)
+    return {"heatmap.png": f"Where on {slide.name} is the text? Yellow: nearest, on this slide."}
 
 
 def tune_shards(subject, test, train, out, device, args, most=1500):
@@ -197,6 +198,7 @@ def tune_shards(subject, test, train, out, device, args, most=1500):
     row = supervised.tune(subject.model.vision, Patches(), task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
     split = f"at most {most} patches of the test and of the training slides; a fifth of the training slides for early stopping"
     keep(out, about(subject, test, bags_hash(sets[0]), split=split), {"finetune": [row]})
+    print(f"\nwrote {out}/results.json and report.html")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -443,7 +445,6 @@ def main():
     out = Path(args.out or Path(run if own else Path("results") / subject.name) / name)
     if args.command == "finetune" and not hasattr(subject.model.vision, "blocks"):
         raise ValueError(f"{subject.name} has nothing to fine-tune: give a run, --vit FILE, --clip FILE or random")
-    out.mkdir(parents=True, exist_ok=True)
     if more:
         return measure_slides(subject, more, out, device, args)
     if shards:

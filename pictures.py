@@ -78,7 +78,7 @@ def heatmap(slide, parents, panels, out, width=460):
 
 def outlines(mask):
     """Boundaries of the 4-connected regions of a bool grid [h, w] -> [[outer ring, hole, ...], ...], rings as closed lists of corners (x, y) in cells; outer rings clockwise on
-    the screen, holes the other way. Regions that touch at a corner stay apart, so no ring crosses itself."""
+    the screen, holes the other way. Regions that touch at a corner stay apart, and no ring meets itself."""
     h, w = mask.shape
     padded = np.pad(mask, 1)
     edges = {}                                                                         # corner -> [(next corner, cell inside)], the inside always on the right hand
@@ -116,9 +116,22 @@ def outlines(mask):
             corner, heading = following, step
             if corner == ring[0]:
                 break
-        area = sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, ring[1:]))
-        shapes[label[cell]].insert(0 if area > 0 else len(shapes[label[cell]]), ring)
+        for loop in _simple(ring):
+            area = sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(loop, loop[1:]))
+            shapes[label[cell]].insert(0 if area > 0 else len(shapes[label[cell]]), loop)
     return shapes
+
+
+def _simple(ring):
+    """A closed ring that touches itself at corners -> closed loops that do not: a bay that is shut at a corner is a hole, as GeoJSON wants it."""
+    path, loops = [], []
+    for corner in ring:
+        if corner in path:
+            at = path.index(corner)
+            loops.append(path[at:] + [corner])
+            path = path[:at]
+        path.append(corner)
+    return loops
 
 
 def geojson(parents, labels, lev, names, out):

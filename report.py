@@ -17,7 +17,7 @@ HEADINGS = {"zeroshot": "zero-shot", "slide": "slides, zero-shot (MI-Zero)", "mi
             "diagnosis_retrieval": "patch -> slides of its diagnosis", "segment": "segmentation"}
 METRICS = {"f1": "weighted F1", "macro_f1": "macro F1", "balanced": "balanced", "accuracy": "accuracy", "auroc": "AUROC", "kappa": "kappa"}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}h1{font-size:1.5em}h2{margin-top:2em;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;margin:.8em 0}td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}
+table{border-collapse:collapse;margin:.8em 0}td,th{white-space:nowrap;padding:.15em .8em;text-align:right;border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}
 img{max-width:100%;margin:.5em 0;border:1px solid #eee}.about{color:#666;font-size:.85em}figcaption{color:#444}figure{margin:1.2em 0}"""
 
 
@@ -30,7 +30,7 @@ def keep(out, about, results, images=None):
         raise ValueError(f"{file} is not JSON: move it away, and run this again") from None
     old = old if "about" in old else {}                                                # written before results said what they are of
     tell = {k: about | {"n": n} if (n := rows_of(r)) else about for k, r in results.items()}
-    new = old | results | {"about": old.get("about", {}) | tell, "pictures": old.get("pictures", {}) | {k: dict(caption=v, of=list(results)[-1]) for k, v in (images or {}).items()}}
+    new = old | results | {"about": old.get("about", {}) | tell, "pictures": old.get("pictures", {}) | {k: dict(caption=v, of=next(iter(results))) for k, v in (images or {}).items()}}
     data.replace_file(file, json.dumps(json_ready(new), indent=1))
     sections = []
     for key in (k for k in new if k not in ("about", "pictures") and tables_of(k, new[k])):

@@ -26,16 +26,18 @@ from runs import read_checkpoint
 
 @dataclass
 class Subject:
-    """What is measured: the model in eval mode, its tokenizer (None: it reads no text), its name, of a run the keywords of its corpus and k_o; fingerprint: a hash of all its weights."""
+    """What is measured: the model in eval mode, its tokenizer (None: it reads no text), its name, of a run the keywords of its corpus and k_o;
+    fingerprint: a hash of all its weights, and what they do not tell (`extra`)."""
     model: nn.Module
     tokenizer: object
     name: str
     keywords: list = ()
     k_o: int = 8
+    extra: str = ""
     fingerprint: str = field(init=False)
 
     def __post_init__(self):
-        self.fingerprint = networks.fingerprint(self.model)
+        self.fingerprint = networks.fingerprint(self.model) + self.extra
 
 
 class Towers(nn.Module):
@@ -112,7 +114,7 @@ def load_subject(run=None, clip=None, vit=None, quick_gelu=False, tokenizer=None
             words_ids = text.Tokenizer.from_clip(tokenizer)
         if words_ids.end != words.end:
             raise ValueError(f"{tokenizer} has {words_ids.end + 1:,} ids and the text tower of {clip} {words.end + 1:,}: give the tokenizer it was trained with")
-        return Subject(Towers(vision, words).to(device).eval(), words_ids, Path(clip).stem)
+        return Subject(Towers(vision, words).to(device).eval(), words_ids, Path(clip).stem, extra="-quick-gelu" if quick_gelu else "")
     if vit:
         return Subject(Towers(weights.load_vit(vit)).to(device).eval(), None, Path(vit).stem)
     if run == "pixels":

@@ -164,7 +164,7 @@ def probe(tasks, features=("backbone",), k=5, seed=0):
             for name, method in METHODS.items():
                 rows, p = cross(method, task.x[feature], task.y, C, pairs)
                 out["probe"].append({**about, "method": name, **scores(task.y[rows], p.argmax(1), C, task.who[rows], p)})
-            out["few_shot"].append({**about, "k": few_shot(task.x[feature], task.y, C, pairs)})
+            out["few_shot"].append({**about, "n": len(pairs[0][1]), "k": few_shot(task.x[feature], task.y, C, pairs)})
     return out
 
 
@@ -313,7 +313,11 @@ def tune(vision, tiles, task, device="cpu", k=5, seed=0, **settings):
     rows, p, best, split = [], [], [], np.asarray(task.split)
     for train, test in splits(task.y, task.groups, task.split, k, seed):
         val = split[train] == "val"
-        val = val if val.any() else folds(task.y[train], task.who[train], 5, seed) == 0
+        if not val.any():
+            groups = len(set(task.who[train]))
+            if groups < 2:
+                raise ValueError(f"{task.name} has {groups} group to learn from, and fine-tuning stops by one that it does not learn from: give it more patients")
+            val = folds(task.y[train], task.who[train], min(5, groups), seed) == 0
         predict, epoch = fine_tune(vision, tiles, task.y, len(task.classes), train[~val], train[val], device, seed=seed, **settings)
         found = predict(test)                                                          # [R1, C]
         read = found.sum(1) > 0                                                        # not those that could not be
