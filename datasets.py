@@ -41,8 +41,9 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 # Tables and folders
 
 class Pictures:
-    """R pictures: .files; .labels, .groups, .captions, .masks (lists of R, or None where the source has none); .split, "train", "val", "test" or "" each;
-    .name of the source, .by, the column the groups are from; .hash of names, sizes, labels, groups and splits, the same on every machine; .stamp, for the cache, of these very files."""
+    """R pictures: .files; .labels, .groups, .captions, .masks (lists of R, or None where the source has none); .split, "train", "val", "test" or ""
+    each; .name of the source, .by, the column the groups are from; .hash of names, sizes, labels, groups and splits, the same on every machine;
+    .stamp, for the cache, of these very files."""
 
     def __init__(self, name, rows, by=None):
         self.name, self.by, self.files = name, by, [Path(r["file"]) for r in rows]
@@ -155,8 +156,8 @@ def folds(y, groups=None, k=5, seed=0):
 # A picture at a magnification
 
 def at_magnification(image, mpp, mag, S):
-    """PIL image of `mpp` microns per pixel -> uint8 [T, S, S, 3] at a magnification: resampled, then cut into as many whole squares as fit, centred. A side
-    that is shorter than S is continued by its mirror image: at its true scale, and without an edge that no tissue has."""
+    """PIL image of `mpp` microns per pixel -> uint8 [T, S, S, 3] at a magnification: resampled, then cut into as many whole squares as fit, centred.
+    A side that is shorter than S is continued by its mirror image: at its true scale, and without an edge that no tissue has."""
     size = [max(1, round(n * mpp / data.mpp_of(mag))) for n in image.size]
     a = np.asarray(image.resize(size, Image.BICUBIC))
     lack = [max(0, S - n) for n in a.shape[:2]]
@@ -168,8 +169,8 @@ def at_magnification(image, mpp, mag, S):
 
 
 class Tiles(Dataset):
-    """What a tower reads of each picture: item i -> (tiles uint8 [T, 3, S, S], level of each [T]), or the sentence that says why it cannot be read. Without
-    mpp the largest centred square, resampled, as CLIP does (level 0); with it the tiles of all four magnifications, levels 0 to 3."""
+    """What a tower reads of each picture: item i -> (tiles uint8 [T, 3, S, S], level of each [T]), or the sentence that says why it cannot be read.
+    Without mpp the largest centred square, resampled, as CLIP does (level 0); with it the tiles of all four magnifications, levels 0 to 3."""
 
     def __init__(self, files, S, mpp=None):
         self.files, self.S, self.mpp = files, S, mpp
@@ -218,9 +219,9 @@ def in_pieces(n, work, folder=None, size=256, desc="features"):
 
 @torch.no_grad()
 def features(read, files, S, device, mpp=None, folder=None, at_once=64, workers=None):
-    """Pictures -> dict of float32 arrays, one row a picture. read: images [N, 3, S, S] -> dict of name -> [N, M] (`subjects.reader`). Without mpp [R, M] each;
-    with it [R, 4, M], the mean over a magnification's tiles. `ok` bool [R]: whether the picture could be read; its row is 0 otherwise, and it
-    is named on the screen."""
+    """Pictures -> dict of float32 arrays, one row a picture. read: images [N, 3, S, S] -> dict of name -> [N, M] (`subjects.reader`). Without mpp [R,
+    M] each; with it [R, 4, M], the mean over a magnification's tiles. `ok` bool [R]: whether the picture could be read; its row is 0 otherwise, and
+    it is named on the screen."""
     workers = (min(8, os.cpu_count() or 1) if device == "cuda" else 0) if workers is None else workers
 
     def work(rows):

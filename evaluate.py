@@ -116,7 +116,8 @@ def measure_shards(subject, test, train, out, device, args, wanted, mil=True, ca
     if "slide" in wanted and s.truth:
         if subject.tokenizer:
             found = zeroshot.of_slides(subject.model, subject.tokenizer, s.bags, s.feats, s.base, s.names, s.templates, s.truth)
-            keep(out, s.about | dict(prompts=s.prompts), {"slide": found}, {} if asked or not s.known else built_in_heatmap(subject, s, test, out, device))
+            images = {} if asked or not s.known else built_in_heatmap(subject, s, test, out, device)
+            keep(out, s.about | dict(prompts=s.prompts), {"slide": found}, images)
         if mil:
             parts = [(s.bags, s.feats, s.truth, "test" if train else "")]
             if train:

@@ -52,8 +52,8 @@ def short(text, width, size=13):
 # A slide
 
 def heatmap(slide, parents, panels, out, width=460):
-    """Thumbnail and maps beside it. parents: [(x, y, side)] of P bags; panels: [(title, level, values [P, N])], NaN where there is nothing to show; each map from its 5th percentile
-    (dark) to its 95th (yellow) on this slide: what is compared is places, not slides."""
+    """Thumbnail and maps beside it. parents: [(x, y, side)] of P bags; panels: [(title, level, values [P, N])], NaN where there is nothing to show;
+    each map from its 5th percentile (dark) to its 95th (yellow) on this slide: what is compared is places, not slides."""
     scale = max(1, round(max(slide.size) / width))
     thumb = data.thumbnail(slide, scale)
     boxes = [(Image.fromarray(thumb), slide.name)]
@@ -77,8 +77,8 @@ def heatmap(slide, parents, panels, out, width=460):
 
 
 def outlines(mask):
-    """Boundaries of the 4-connected regions of a bool grid [h, w] -> [[outer ring, hole, ...], ...], rings as closed lists of corners (x, y) in cells; outer rings clockwise on
-    the screen, holes the other way. Regions that touch at a corner stay apart, and no ring meets itself."""
+    """Boundaries of the 4-connected regions of a bool grid [h, w] -> [[outer ring, hole, ...], ...], rings as closed lists of corners (x, y) in
+    cells; outer rings clockwise on the screen, holes the other way. Regions that touch at a corner stay apart, and no ring meets itself."""
     h, w = mask.shape
     padded = np.pad(mask, 1)
     edges = {}                                                                         # corner -> [(next corner, cell inside)], the inside always on the right hand
@@ -135,8 +135,9 @@ def _simple(ring):
 
 
 def geojson(parents, labels, lev, names, out):
-    """Regions of equal label as QuPath annotations: parents [(x, y, side)], labels int [P, N], class number or -1, of nodes of level `lev`; names of the classes -> a GeoJSON FeatureCollection of
-    polygons in level-0 pixels, written to `out`; returns their number. All parents of a slide lie on one grid, so their nodes do."""
+    """Regions of equal label as QuPath annotations: parents [(x, y, side)], labels int [P, N], class number or -1, of nodes of level `lev`; names of
+    the classes -> a GeoJSON FeatureCollection of polygons in level-0 pixels, written to `out`; returns their number. All parents of a slide lie on
+    one grid, so their nodes do."""
     x0, y0, side = min(x for x, _, _ in parents), min(y for _, y, _ in parents), parents[0][2]
     per = 2 ** lev
     across, down = (max(p[i] for p in parents) - o for i, o in ((0, x0), (1, y0)))

@@ -1,10 +1,12 @@
 """Segmentation without and with masks to learn from: class scores of overlapping windows at each magnification, or a linear decoder of patch tokens.
 
-Zero-shot: windows of the tower's S pixels at a magnification, three quarters overlapping, each scored against the class texts; a point's score is the mean over the windows that
-cover it. With windows in steps of a quarter that is constant on squares ("cells") of a quarter window, so the map is computed on cells and not on pixels.
-Supervised: the tower's own patch tokens, each labelled with what most of its pixels are, and one logistic regression.
+Zero-shot: windows of the tower's S pixels at a magnification, three quarters overlapping, each scored against the class texts; a point's score is the
+mean over the windows that cover it. With windows in steps of a quarter that is constant on squares ("cells") of a quarter window, so the map is
+computed on cells and not on pixels. Supervised: the tower's own patch tokens, each labelled with what most of its pixels are, and one logistic
+regression.
 
-Shape letters: h, w cells of a picture down and across; K windows per side of a cell (4); P patch tokens of a window, g = sqrt(P); C classes; H, W pixels of a mask.
+Shape letters: h, w cells of a picture down and across; K windows per side of a cell (4); P patch tokens of a window, g = sqrt(P); C classes; H, W
+pixels of a mask.
 """
 import numpy as np
 import torch
@@ -34,8 +36,9 @@ def read_mask(path, C):
 
 
 def windows(size, side, per=4):
-    """Windows of `side` level-0 pixels in steps of side / per over a picture of size (W, H) -> (first cell of each across [nx], down [ny], the cells (w, h), the corner x, y of cell 0). All
-    lie inside the picture but the last of a row, which ends at the edge or beyond; a picture smaller than a window gets one, centred."""
+    """Windows of `side` level-0 pixels in steps of side / per over a picture of size (W, H) -> (first cell of each across [nx], down [ny], the cells
+    (w, h), the corner x, y of cell 0). All lie inside the picture but the last of a row, which ends at the edge or beyond; a picture smaller than a
+    window gets one, centred."""
     starts, cells, corner = [], [], []
     for n in size:
         whole = max(per, int(np.ceil(n / side * per - 1e-9)))
@@ -47,7 +50,8 @@ def windows(size, side, per=4):
 
 @torch.no_grad()
 def window_scores(encode, W, slide, mag, S, device, per=4, at_once=64):
-    """Mean score of the windows over each cell: encode: images -> unit vectors [N, d]; W [C, d] -> (scores [h, w, C], level-0 pixels per cell, corner of cell 0)."""
+    """Mean score of the windows over each cell: encode: images -> unit vectors [N, d]; W [C, d] -> (scores [h, w, C], level-0 pixels per cell, corner
+    of cell 0)."""
     side = S * data.mpp_of(mag) / slide.mpp
     nx, ny, (w, h), corner = windows(slide.size, side, per)
     total, count = np.zeros((h, w, len(W))), np.zeros((h, w, 1))
@@ -63,8 +67,9 @@ def window_scores(encode, W, slide, mag, S, device, per=4, at_once=64):
 
 
 def label_map(levels, size, shape, band=256):
-    """The class of each pixel: levels, a list of (cells [h, w, C], level-0 pixels per cell, corner) whose scores are added -> int [H, W] for a mask of `shape` that covers a picture of `size`
-    (W, H). A pixel has the scores of the cell its centre lies in. In bands of rows, because scores of all pixels at once would need gigabytes."""
+    """The class of each pixel: levels, a list of (cells [h, w, C], level-0 pixels per cell, corner) whose scores are added -> int [H, W] for a mask
+    of `shape` that covers a picture of `size` (W, H). A pixel has the scores of the cell its centre lies in. In bands of rows, because scores of all
+    pixels at once would need gigabytes."""
     (H, W), out = shape, np.empty(shape, np.uint8)
     lie = lambda n, length, at, side, whole: (((np.arange(n) + 0.5) * length / n - at) / side).astype(int).clip(0, whole - 1)
     places = [(lie(H, size[1], corner[1], side, len(cells)), lie(W, size[0], corner[0], side, cells.shape[1])) for cells, side, corner in levels]
@@ -74,8 +79,9 @@ def label_map(levels, size, shape, band=256):
 
 
 def zeroshot(encode, W, pairs, S, device, mpp=None, mags=data.MAGS):
-    """Zero-shot segmentation of pairs [(picture, mask path)] -> {"5x" ...: {"m": confusion of pixels per picture [pictures, C, C]}, "merged": ...} and the last picture's
-    label maps. Merged: at each magnification the mean score of each class over all pictures is taken off, and the rest added (as evaluate.py merges)."""
+    """Zero-shot segmentation of pairs [(picture, mask path)] -> {"5x" ...: {"m": confusion of pixels per picture [pictures, C, C]}, "merged": ...}
+    and the last picture's label maps. Merged: at each magnification the mean score of each class over all pictures is taken off, and the rest added
+    (as evaluate.py merges)."""
     C, found = len(W), []
     for path, mask in pairs:
         with data.Slide(path, mpp) as slide:
@@ -111,7 +117,8 @@ def summary(m, times=1000, seed=0):
 
 @torch.no_grad()
 def tokens_of(vision, slide, mask, mag, device, C, at_once=32):
-    """Patch tokens of windows side by side -> (x [R, D], y [R] the class of most of a token's pixels or -1, spots [R, 4] the pixels of the mask that it covers: top, bottom, left, right)."""
+    """Patch tokens of windows side by side -> (x [R, D], y [R] the class of most of a token's pixels or -1, spots [R, 4] the pixels of the mask that
+    it covers: top, bottom, left, right)."""
     S, g = vision.size, vision.grid
     side = S * data.mpp_of(mag) / slide.mpp
     nx, ny, _, corner = windows(slide.size, side, per=1)
@@ -134,8 +141,8 @@ def tokens_of(vision, slide, mask, mag, device, C, at_once=32):
 
 
 def decoder(vision, train, test, C, device, mag=20, mpp=None, most=20000, seed=0):
-    """Linear decoder: logistic regression on the patch tokens of pairs [(picture, mask)] `train`, at most `most` of them, applied to those of `test` -> (confusions per
-    test picture [pictures, C, C], the last picture's label map)."""
+    """Linear decoder: logistic regression on the patch tokens of pairs [(picture, mask)] `train`, at most `most` of them, applied to those of `test`
+    -> (confusions per test picture [pictures, C, C], the last picture's label map)."""
     def read(pairs):
         for path, mask in tqdm(pairs, desc=f"tokens at {mag}x", unit="picture", leave=False):
             with data.Slide(path, mpp) as slide:

@@ -1,7 +1,8 @@
 """What is measured: a run of ours or public weights, behind the same two calls, and the features that protocols read.
 
-A model here has `vision` (images -> tokens), `project` (tokens -> unit vectors), `encode_image` and, where it reads text, `text` and `encode_text`: MRPLIP has them, Towers gives them
-to any CLIP or ViT, Pixels to no network at all. `reader` turns a model into one function, images -> features by name; `embed_texts` is the same for texts.
+A model here has `vision` (images -> tokens), `project` (tokens -> unit vectors), `encode_image` and, where it reads text, `text` and `encode_text`:
+MRPLIP has them, Towers gives them to any CLIP or ViT, Pixels to no network at all. `reader` turns a model into one function, images -> features by
+name; `embed_texts` is the same for texts.
 
 Shape letters: G bags, N = 85 nodes or a number of images, C classes, K keywords, d the shared space, S pixels per side.
 """
@@ -41,7 +42,8 @@ class Subject:
 
 
 class Towers(nn.Module):
-    """Public weights with the calls of MRPLIP: the two towers of a CLIP, or a ViT alone (text None; its class token, normalised, is then what `project` gives)."""
+    """Public weights with the calls of MRPLIP: the two towers of a CLIP, or a ViT alone (text None; its class token, normalised, is then what
+    `project` gives)."""
 
     def __init__(self, vision, text=None):
         super().__init__()
@@ -143,8 +145,9 @@ def reads_text(subject, what):
 
 
 def reader(model, w=None, k_o=8):
-    """-> function of images [N, 3, S, S] in [0, 1] to the features a protocol can ask for: backbone [N, Dv], the class token as it is; projected [N, d], normalised, what
-    texts are compared with; and with keyword features w [K, d] text_guided [N, D], the paper's z: fusion reads the image and its k_o nearest keywords."""
+    """-> function of images [N, 3, S, S] in [0, 1] to the features a protocol can ask for: backbone [N, Dv], the class token as it is; projected [N,
+    d], normalised, what texts are compared with; and with keyword features w [K, d] text_guided [N, D], the paper's z: fusion reads the image and its
+    k_o nearest keywords."""
     device = next(model.parameters()).device.type
 
     @torch.no_grad()
@@ -193,8 +196,9 @@ def fit(patches, S):
 
 
 def embed(model, bags, indices, device="cpu", at_once=8, read=None, folder=None):
-    """Every patch of the chosen bags: dict of v [G, N, d] (normalised), backbone [G, N, Dv] (class token, what a probe reads), text_guided where `read` (see `reader`) gives it,
-    valid [G, N], index [G]. Several processes share the work, and only the first gets the answer; the others None. folder: where pieces are kept."""
+    """Every patch of the chosen bags: dict of v [G, N, d] (normalised), backbone [G, N, Dv] (class token, what a probe reads), text_guided where
+    `read` (see `reader`) gives it, valid [G, N], index [G]. Several processes share the work, and only the first gets the answer; the others None.
+    folder: where pieces are kept."""
     read, indices = read or reader(model), list(indices)
 
     def work(rows):

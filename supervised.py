@@ -7,7 +7,8 @@ Outline: tasks and splits | on frozen features | slides (attention MIL) | full f
 Shape letters: R rows, M features, C classes, N patches of a slide, H hidden width, S pixels per side.
 
 References: [1] Lu et al. 2024, CONCH (the probe's regularisation).  [2] Chen et al. 2024, UNI (prototypes, k-NN).  [3] Wang et al. 2019, SimpleShot.
-[4] Ilse et al. 2018, attention-based MIL.  [5] Lu et al. 2021, CLAM (its sizes).  [6] Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT (layer-wise decay).
+[4] Ilse et al. 2018, attention-based MIL.  [5] Lu et al. 2021, CLAM (its sizes).  [6] Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT (layer-wise
+decay).
 """
 import copy
 import math
@@ -72,8 +73,8 @@ def tasks_of_bags(parts, facts=tuple(prompts.BUILT_IN), mags=MAG_NAMES, most=300
 
 
 def splits(y, groups, split, k=5, seed=0):
-    """Which rows to learn from and which to predict: [(index arrays train, test)]. The source's own split where it has one (its validation rows are learned
-    from as well), else k folds by group."""
+    """Which rows to learn from and which to predict: [(index arrays train, test)]. The source's own split where it has one (its validation rows are
+    learned from as well), else k folds by group."""
     split = np.asarray(split)
     if (split == "test").any() and (split != "test").any():
         return [(np.flatnonzero((split == "train") | (split == "val")), np.flatnonzero(split == "test"))]
@@ -121,7 +122,8 @@ def _centred(x0, x1):
 
 
 def prototypes(x0, y0, x1, C):
-    """The nearest class mean of centred, normalised features [2, 3] -> probabilities [R1, C], a softmax of minus the squared distance; a class without a row gets none."""
+    """The nearest class mean of centred, normalised features [2, 3] -> probabilities [R1, C], a softmax of minus the squared distance; a class
+    without a row gets none."""
     x0, x1 = _centred(x0, x1)
     means = np.stack([x0[y0 == c].mean(0) if (y0 == c).any() else np.full(x0.shape[1], np.inf) for c in range(C)])
     with np.errstate(over="ignore"):
@@ -187,8 +189,9 @@ class GatedAttention(nn.Module):
 
 
 def fit_mil(bags, y, C, epochs=30, lr=5e-4, seed=0):
-    """Train on slides: bags, a list of features [N, M]; y [slides] -> function of a list of bags -> probabilities [slides, C]. One slide a step, AdamW, cosine schedule; features
-    are standardised by the training patches. No early stopping: the epochs are fixed, so no slide is needed to choose them."""
+    """Train on slides: bags, a list of features [N, M]; y [slides] -> function of a list of bags -> probabilities [slides, C]. One slide a step,
+    AdamW, cosine schedule; features are standardised by the training patches. No early stopping: the epochs are fixed, so no slide is needed to
+    choose them."""
     torch.manual_seed(seed)
     everything = torch.cat([torch.as_tensor(x) for x in bags])
     mean, std = everything.mean(0), everything.std(0) + 1e-6
@@ -241,8 +244,8 @@ def mil_of_bags(parts, classes, patients=None, feature="backbone", k=5):
 # Full fine-tuning
 
 def layer_groups(vision, head, lr, decay, weight_decay=0.05):
-    """Parameters of a tower and a head in groups for AdamW: the head learns at lr, each layer below at `decay` times the rate of the one above [6]: the last norm with the
-    head, blocks from the top down, the stem and its positions last. Vectors (norms, biases) and tokens are not decayed."""
+    """Parameters of a tower and a head in groups for AdamW: the head learns at lr, each layer below at `decay` times the rate of the one above [6]:
+    the last norm with the head, blocks from the top down, the stem and its positions last. Vectors (norms, biases) and tokens are not decayed."""
     depth, groups = len(vision.blocks), {}
     for name, p in [*vision.named_parameters(), *((f"head.{k}", p) for k, p in head.named_parameters())]:
         below = 0 if name.startswith(("head.", "ln.")) else depth - int(name.split(".")[1]) if name.startswith("blocks.") else depth + 1
@@ -254,8 +257,9 @@ def layer_groups(vision, head, lr, decay, weight_decay=0.05):
 def fine_tune(vision, tiles, y, C, train, val, device="cpu", epochs=30, patience=6, batch=32, lr=1e-3, decay=0.65, jitter=0.05, seed=0):
     """Train a copy of a whole tower with a linear head on its class token -> (function of row numbers -> probabilities, number of the best epoch).
 
-    tiles: Dataset of (uint8 [1, 3, S, S], _) or a sentence for what cannot be read (it is passed over); y [R]; train, val: row numbers, of different patients. Turns, mirror images and stain jitter;
-    AdamW with layer-wise decay, one epoch of warm-up, cosine. Stops when `patience` epochs brought no better balanced accuracy on val, and the best epoch's weights are what predicts."""
+    tiles: Dataset of (uint8 [1, 3, S, S], _) or a sentence for what cannot be read (it is passed over); y [R]; train, val: row numbers, of different
+    patients. Turns, mirror images and stain jitter; AdamW with layer-wise decay, one epoch of warm-up, cosine. Stops when `patience` epochs brought
+    no better balanced accuracy on val, and the best epoch's weights are what predicts."""
     torch.manual_seed(seed)
     vision, head = copy.deepcopy(vision).float().requires_grad_(True).to(device), nn.Linear(vision.width, C).to(device)
     nn.init.zeros_(head.weight)

@@ -5,7 +5,8 @@ Everything is a cosine: of an image and a class text, of an image and a caption.
 Outline: zero-shot and the merging of magnifications | slides (MI-Zero), heatmaps | retrieval, re-ranked by image-text matching.
 Shape letters: G bags, N = 85 nodes, C classes, d the shared space, R rows of a task, P parents of a slide, J patches.
 
-References: [1] MR-PLIP, CVPR 2025, section 4.  [2] Lu et al. 2023, MI-Zero (top-j pooling).  [3] Lu et al. 2024, CONCH (prompt ensembles).  [4] Li et al. 2021, ALBEF (re-ranking; its sum with ITC: Li et al. 2022, BLIP).
+References: [1] MR-PLIP, CVPR 2025, section 4.  [2] Lu et al. 2023, MI-Zero (top-j pooling).  [3] Lu et al. 2024, CONCH (prompt ensembles).  [4] Li et
+al. 2021, ALBEF (re-ranking; its sum with ITC: Li et al. 2022, BLIP).
 """
 from pathlib import Path
 
@@ -94,8 +95,9 @@ def of_bags(model, tokenizer, bags, feats, train, modes=("ensemble", "single"), 
 
 
 def of_pictures(model, tokenizer, x, y, names, templates, groups=None, train=None, there=None):
-    """Labelled pictures: x [R, d], or [R, 4, d] for the four magnifications, whose merged scores are then given too: centred on the `train` features [R', 4, d] (else on x), of the
-    magnifications that are truly `there` bool [4]. y [R]; names: per class a tuple -> {mode: {"all" or 5x ... merged: scores}} and the confusion matrix of the last with the ensemble."""
+    """Labelled pictures: x [R, d], or [R, 4, d] for the four magnifications, whose merged scores are then given too: centred on the `train` features
+    [R', 4, d] (else on x), of the magnifications that are truly `there` bool [4]. y [R]; names: per class a tuple -> {mode: {"all" or 5x ... merged:
+    scores}} and the confusion matrix of the last with the ensemble."""
     out, C, scale, kept = {}, len(names), float(model.itc_scale.detach().exp()), None
     for mode in ("ensemble", "single"):
         W = class_weights(model, tokenizer, names, mode == "ensemble", templates).numpy()
@@ -128,7 +130,8 @@ def top_j(s, js=(1, 5, 10, 50, 100)):
 
 
 def pooled_levels(v, valid, W, centre, js):
-    """v [G, N, d] of a slide, valid [G, N], class vectors W [C, d], centre [4, C] -> {mag: {j: [C]}} and "merged", the sum over magnifications of the centred ones."""
+    """v [G, N, d] of a slide, valid [G, N], class vectors W [C, d], centre [4, C] -> {mag: {j: [C]}} and "merged", the sum over magnifications of the
+    centred ones."""
     s, out = v @ W.T, {}
     for lev, mag in enumerate(MAG_NAMES):
         part = s[:, LEVEL == lev][valid[:, LEVEL == lev]]                              # [patches, C]
@@ -157,8 +160,8 @@ def slide_truth(bags, feats, fact="diagnosis", table=None):
 
 
 def of_slides(model, tokenizer, bags, feats, train, names=None, templates=prompts.BUILT_IN_TEMPLATES, truth=None, js=(1, 5, 10, 50, 100)):
-    """MI-Zero over the bags of labelled slides, per magnification and for their centred sum, for every j. names: {class: tuple of names} (diagnosis of the built-in world); truth: {slide:
-    class} -> dict mag -> j -> `scores`."""
+    """MI-Zero over the bags of labelled slides, per magnification and for their centred sum, for every j. names: {class: tuple of names} (diagnosis
+    of the built-in world); truth: {slide: class} -> dict mag -> j -> `scores`."""
     names, truth = names or prompts.BUILT_IN["diagnosis"], truth or slide_truth(bags, feats)
     W = class_weights(model, tokenizer, names.values(), templates=templates)
     slides = {s: gs for s, gs in by_slide(bags, feats).items() if s in truth}
@@ -174,7 +177,8 @@ def of_slides(model, tokenizer, bags, feats, train, names=None, templates=prompt
 
 
 def read_slide(model, path, device, mpp=None, fov_px=None, min_tissue=0.1, min_node=0.1):
-    """A slide file -> (parents [(x, y, side)], features as `embed` gives them, mpp): every 5x parent with tissue, fov_px pixels of its magnification a patch (default: the side the tower reads)."""
+    """A slide file -> (parents [(x, y, side)], features as `embed` gives them, mpp): every 5x parent with tissue, fov_px pixels of its magnification
+    a patch (default: the side the tower reads)."""
     read, S = reader(model), model.vision.size
     with data.Slide(path, mpp) as slide:
         parents = data.choose_parents(slide, fov_px=fov_px or S, parents=10 ** 9, min_tissue=min_tissue)
@@ -189,8 +193,8 @@ def read_slide(model, path, device, mpp=None, fov_px=None, min_tissue=0.1, min_n
 
 
 def outline_labels(s, valid, lev, share=0.1):
-    """Which class a node is drawn as: scores s [P, N, C] -> int [P, N], -1 for none. Several classes: the best after each class's mean over the slide is taken off; one: the `share`
-    of nodes that score highest."""
+    """Which class a node is drawn as: scores s [P, N, C] -> int [P, N], -1 for none. Several classes: the best after each class's mean over the slide
+    is taken off; one: the `share` of nodes that score highest."""
     use = valid & (LEVEL == lev)
     out = np.full(use.shape, -1)
     if use.any() and s.shape[2] > 1:
@@ -201,8 +205,8 @@ def outline_labels(s, valid, lev, share=0.1):
 
 
 def heatmap(model, tokenizer, slide_path, queries, out, mpp=None, fov_px=None, device="cpu"):
-    """Where on a slide is the text? queries [(text, level 0..3)] -> the PNG `out`, thumbnail and a map per query, and beside it `out`.geojson: where each query of the first one's
-    level is nearest (of a single one: its best tenth). Returns the number of outlines."""
+    """Where on a slide is the text? queries [(text, level 0..3)] -> the PNG `out`, thumbnail and a map per query, and beside it `out`.geojson: where
+    each query of the first one's level is nearest (of a single one: its best tenth). Returns the number of outlines."""
     parents, feats = read_slide(model, slide_path, device, mpp, fov_px)
     s, valid = (feats["v"] @ embed_texts(model, tokenizer, [q for q, _ in queries]).T).numpy(), feats["valid"].numpy()
     with data.Slide(slide_path, mpp) as slide:
@@ -295,8 +299,8 @@ def slide_retrieval(bags, feats, gallery_bags, gallery):
 
 
 def diagnosis_retrieval(bags, feats, truth, most=2000, seed=0):
-    """Patch -> slides of its diagnosis: a patch asks for the nearest other slides (mean of a slide's patches at that magnification); right is one of the same class -> {mag: R@1, 5, 10, n,
-    chance of R@1}. Queries whose class no other slide has are left out."""
+    """Patch -> slides of its diagnosis: a patch asks for the nearest other slides (mean of a slide's patches at that magnification); right is one of
+    the same class -> {mag: R@1, 5, 10, n, chance of R@1}. Queries whose class no other slide has are left out."""
     rng, out = np.random.default_rng(seed), {}
     slides = {s: gs for s, gs in by_slide(bags, feats).items() if s in truth}
     classes = np.array([truth[s] for s in slides])
