@@ -16,7 +16,7 @@ import data
 MAGS = ("5x", "10x", "20x", "40x", "merged")
 METRICS = {"f1": "weighted F1", "macro_f1": "macro F1", "balanced": "balanced", "accuracy": "accuracy", "auroc": "AUROC", "kappa": "kappa"}
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1320px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { margin-top: 2em; border-bottom: 1px solid #ddd }
 div { overflow-x: auto } table { border-collapse: collapse; margin: .8em 0; font-size: .92em }
 td, th { white-space: nowrap; padding: .15em .7em; text-align: right; border-bottom: 1px solid #eee } td:first-child, th:first-child { text-align: left }
