@@ -2,7 +2,7 @@
 
     runs/mine/config.json      settings                  ckpt.pt, ckpt_prev.pt     the last two checkpoints
               log.jsonl        a line a log step         curves.png                the log as a picture
-              tokenizer.json   the vocabulary            results.json, ...         what evaluate.py measured at the end
+              tokenizer.json   the vocabulary            results.json, report.html   what evaluate.py measured at the end
 
     python runs.py RUN [RUN ...] --out curves.png        # the curves of several runs in one picture: an ablation at a glance
 
