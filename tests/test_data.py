@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import script
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -49,7 +50,7 @@ def write(path, image, downs=(), tile=(256, 256), mpp=0.25, aperio=None, extra=(
 
 
 def cli(*args, **kw):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=60, **kw)
+    return script("data.py", *args, **kw)
 
 
 # ---------------------------------------------------------------- the tree
@@ -391,7 +392,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     import resource
     slides, out = slides_in(tmp_path / "in", 2), tmp_path / "out"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
-    r = cli("tile", slides, "--out", out, "--patch-px", 32, "--fov-px", 32, preexec_fn=limit)
+    r = cli("tile", slides, "--out", out, "--patch-px", 32, "--fov-px", 32, before=limit)
     assert r.returncode == 2 and "Traceback" not in r.stderr and "cannot be written" in failures(out)["s1.svs"]
     assert not list(out.glob("*.tar")) and not list(out.glob("*.tmp")) and not (out / "slides.jsonl").exists()
     assert data.tile(slides, out, patch_px=32, fov_px=32)["failed"] == 0 and failures(out) == {}

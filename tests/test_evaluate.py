@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ import evaluate
 import prompts
 import subjects
 import supervised
-import synthetic
 import text
 import train
 import zeroshot
@@ -302,8 +300,7 @@ def test_a_slide_goes_in_heatmap_and_outlines_come_out(run, world, tmp_path, mon
     assert set(found["slides"][slide.name]["class"]) == {"5x", "10x", "20x", "40x", "merged"}
     collection = json.loads((tmp_path / f"{slide.stem}.geojson").read_text())
     with data.Slide(slide) as opened:
-        size, mask, scale = opened.size, *data.tissue_mask(opened)
-    side, area = opened.mpp and 64 * data.mpp_of(20) / opened.mpp, 0.0
+        size, side, area = opened.size, 64 * data.mpp_of(20) / opened.mpp, 0.0
     for f in collection["features"]:
         assert f["type"] == "Feature" and f["geometry"]["type"] == "Polygon" and f["properties"]["classification"]["name"] in prompts.DATASETS["built-in-tissue"]
         for k, ring in enumerate(f["geometry"]["coordinates"]):

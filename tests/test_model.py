@@ -1,9 +1,5 @@
 """pytest tests/test_model.py — our networks against torch's own modules, and the masks."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from conftest import script
 
 import subjects
 import model as networks
@@ -244,16 +241,12 @@ def test_keywords_shown_are_the_closest(run, capsys):
     assert shown == "  " + ", ".join(f"{['mucin', 'large nucleus', 'sheet'][i]} {cosine[i]:.2f}" for i in (first, second))
 
 
-def command(*argv):
-    return subprocess.run([sys.executable, "model.py", *map(str, argv)], cwd=Path(networks.__file__).parent, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path):
-    done = command("export", run, "--to", "open_clip")
+    done = script("model.py", "export", run, "--to", "open_clip")
     assert done.returncode == 1 and done.stderr.startswith("error: no other package has this image tower") and done.stderr.count("\n") == 1
-    done = command("caption", tmp_path / "nowhere", "x.png")
+    done = script("model.py", "caption", tmp_path / "nowhere", "x.png")
     assert done.returncode == 1 and "holds no ckpt.pt" in done.stderr and "Traceback" not in done.stderr
-    assert "between 0 and 1" in command("caption", run, "x.png", "--top-p", "3").stderr
+    assert "between 0 and 1" in script("model.py", "caption", run, "x.png", "--top-p", "3").stderr
 
 
 def test_a_checkpoint_of_other_networks_is_one_sentence(run):

@@ -2,12 +2,10 @@
 import io
 import json
 import math
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
+from conftest import script
 
 import synthetic
 import text
@@ -112,11 +110,11 @@ def test_count_corpus_is_kept_and_made_anew(tmp_path):
 
 def test_keywords_command(tmp_path):
     write_captions(tmp_path, "000000", ["Spindle cells.", "Spindle cells. Fat."] + [""] * 83 + ["Glands."])
-    command = [sys.executable, text.__file__, "keywords", str(tmp_path), "--bags", "1"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = ["text.py", "keywords", tmp_path, "--bags", "1"]
+    out = script(*command, check=True).stdout
     assert "3 captions, 3 keywords" in out and "000000-0: 2 captions, 2 keywords\n  spindle cell (2), fat (1)" in out and "000000-1" not in out
     (tmp_path / "bags-000000.captions.jsonl").write_text("[1]\n")
-    bad = subprocess.run(command, capture_output=True, text=True)
+    bad = script(*command)
     assert bad.returncode == 1 and "bags-000000.captions.jsonl:1: " in bad.stderr and "Traceback" not in bad.stderr
 
 

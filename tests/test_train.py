@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from conftest import script
 
 import losses
 import runs
@@ -34,6 +35,8 @@ def launch(nproc):
 
 def run(*argv, nproc=0, check=True):
     """train.py in a process of its own, from the repository's root."""
+    if not nproc:
+        return script("train.py", *argv, timeout=120, check=check)
     done = subprocess.run([*launch(nproc), "train.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
