@@ -48,6 +48,17 @@ def short(text, width, size=13):
     return text
 
 
+def side_by_side(boxes, foot=0):
+    """[(PIL image, title)] of one height -> a page with each below its title, `foot` empty pixels below them, and what draws on it."""
+    image, draw = page(sum(box.width + 8 for box, _ in boxes), boxes[0][0].height + 22 + foot)
+    at = 0
+    for box, title in boxes:
+        image.paste(box, (at, 22))
+        draw.text((at + 2, 4), short(title, box.width), "black", font_size=13)
+        at += box.width + 8
+    return image, draw
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A slide
 
@@ -67,13 +78,7 @@ def heatmap(slide, parents, panels, out, width=460):
         low, high = np.nanpercentile(m, [5, 95]) if not np.isnan(m).all() else (0, 1)
         tint = colour(np.nan_to_num((m - low) / max(high - low, 1e-6)))
         boxes.append((Image.fromarray(np.where(np.isnan(m)[..., None], thumb, (0.35 * thumb + 0.65 * tint).astype(np.uint8))), title))
-    image, draw = page(sum(p.width + 8 for p, _ in boxes), thumb.shape[0] + 22)
-    at = 0
-    for panel, title in boxes:
-        image.paste(panel, (at, 22))
-        draw.text((at + 2, 4), short(title, panel.width), "black", font_size=13)
-        at += panel.width + 8
-    data.save_png(image, out)
+    data.save_png(side_by_side(boxes)[0], out)
 
 
 def outlines(mask):
@@ -271,14 +276,10 @@ def label_maps(path, maps, names, out, px=250):
     palette = np.array([class_colour(c) for c in range(len(names))] + [(255, 255, 255)], np.uint8)
     with data.Slide(path, mpp=1) as slide:                                             # the scale does not matter for a thumbnail
         thumb = data.thumbnail(slide, max(1, round(max(slide.size) / px)))
-    boxes = [(Image.fromarray(thumb), Path(path).name)] + [(Image.fromarray(palette[np.minimum(m, len(names))]).resize(thumb.shape[1::-1], Image.NEAREST), t) for t, m in maps.items()]
-    image, draw = page(sum(b.width + 8 for b, _ in boxes), thumb.shape[0] + 42)
-    at = 0
-    for box, title in boxes:
-        image.paste(box, (at, 20))
-        draw.text((at + 2, 3), short(title, box.width), "black", font_size=13)
-        at += box.width + 8
-    at = 4
+    boxes = [(Image.fromarray(thumb), Path(path).name)]
+    for title, m in maps.items():
+        boxes.append((Image.fromarray(palette[np.minimum(m, len(names))]).resize(thumb.shape[1::-1], Image.NEAREST), title))
+    (image, draw), at = side_by_side(boxes, foot=20), 4
     for c, name in enumerate(names):
         draw.rectangle([at, image.height - 16, at + 10, image.height - 6], fill=class_colour(c))
         draw.text((at + 14, image.height - 19), name, "black", font_size=12)
