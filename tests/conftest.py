@@ -1,5 +1,7 @@
 """What several test files share."""
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of small matrices two threads make slow work
 import runpy
 import signal
 import sys
@@ -50,19 +52,30 @@ def _forked(name, argv, streams, before):
         os._exit(code)
 
 
-def script(name, *argv, timeout=60, check=False, before=lambda: None):
-    """`python NAME ARGV` in the repository's root -> returncode, stdout, stderr. In a fork of this process, because importing torch anew takes
-    longer than all else that most commands do."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child, until = os.fork(), time.time() + timeout
-        if not child:
-            _forked(name, list(map(str, argv)), (out, err), before)
-        while not (done := os.waitpid(child, os.WNOHANG))[0]:
+class Script:
+    """`python NAME ARGV` in the repository's root, in a fork of this process, because importing torch anew takes longer than all else that most
+    commands do. before: called in the child first."""
+
+    def __init__(self, name, *argv, before=lambda: None):
+        self.streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.pid = os.fork()
+        if not self.pid:
+            _forked(name, list(map(str, argv)), self.streams, before)
+
+    def wait(self, timeout=60):
+        """-> returncode, stdout, stderr."""
+        until = time.time() + timeout
+        while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.time() > until:
-                os.kill(child, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.005)
-        for f in (out, err):
+        for f in self.streams:
             f.seek(0)
-        found = SimpleNamespace(returncode=os.waitstatus_to_exitcode(done[1]), stdout=out.read().decode(), stderr=err.read().decode())
-    assert not check or found.returncode == 0, found.stdout + found.stderr
-    return found
+        return SimpleNamespace(returncode=os.waitstatus_to_exitcode(done[1]), stdout=self.streams[0].read().decode(), stderr=self.streams[1].read().decode())
+
+
+def script(name, *argv, timeout=60, check=False, **more):
+    """`Script`, waited for."""
+    done = Script(name, *argv, **more).wait(timeout)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -2,26 +2,22 @@
 import base64
 import io
 import json
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import Script, script
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import captioner
 import data
 from test_data import picture, write
-
-TEXT = str(Path(captioner.__file__).with_name("text.py"))
 
 
 @pytest.fixture(scope="module")
@@ -155,21 +151,20 @@ def test_a_server_that_dies_and_comes_back(fresh):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_client_that_is_killed_and_comes_back(fresh, how):
     model = Model(fresh, delay=0.03)
-    args = [sys.executable, TEXT, "caption", str(fresh), "--endpoint", model.url, "--model", "m", "--concurrency", "4"]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    p = subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
+    args = ["text.py", "caption", fresh, "--endpoint", model.url, "--model", "m", "--concurrency", "4"]
+    p = Script(*args, before=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     deadline = time.time() + 30
     while len(rows_so_far(fresh)) < 60 and time.time() < deadline:
         time.sleep(0.01)
-    p.send_signal(how)
-    err = p.communicate(timeout=30)[1]
-    assert "Traceback" not in err and (how == signal.SIGKILL or (p.returncode == 1 and "stopped: what was answered is kept" in err))
+    os.kill(p.pid, how)
+    p = p.wait()
+    assert "Traceback" not in p.stderr and (how == signal.SIGKILL or (p.returncode == 1 and "stopped: what was answered is kept" in p.stderr))
     first = len(rows_so_far(fresh))
     assert 60 <= first < 424 and (how == signal.SIGKILL or model.answered.total() == first)  # Ctrl-C waits for what is asked
     with open(sorted(fresh.glob("*.captions.jsonl"))[0], "a") as f:
         f.write('{"key": "a-0')                           # the line that was being written
     model.delay = 0
-    r = subprocess.run(args, capture_output=True, text=True)
+    r = script(*args)
     assert r.returncode == 0 and f"{424 - first} captions for 2 shards" in r.stdout
     check_complete(fresh, model)
     assert model.answered.total() <= 424 + 4
@@ -182,11 +177,9 @@ def rows_so_far(shards):
 
 def test_two_processes_share_a_folder(fresh):
     model = Model(fresh, delay=0.01)
-    args = [sys.executable, TEXT, "caption", str(fresh), "--endpoint", model.url, "--model", "m", "--concurrency", "2"]
-    both = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for p in both:
-        p.communicate(timeout=60)
-        assert p.returncode == 0
+    args = ["text.py", "caption", fresh, "--endpoint", model.url, "--model", "m", "--concurrency", "2"]
+    for p in [Script(*args) for _ in range(2)]:
+        assert p.wait().returncode == 0
     captioner.caption_folder(fresh, model.url, "m")       # a shard both passed over at the same moment, if any
     check_complete(fresh, model)
     assert set(model.answered.values()) == {1}

@@ -3,9 +3,8 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -13,13 +12,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import script
+from conftest import Script, script
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from slide import resize
-
-SCRIPT = str(Path(data.__file__).resolve())
 
 
 def picture(h=512, w=512, glass=0, seed=0):
@@ -302,19 +298,19 @@ def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
     slides, out = slides_in(tmp_path / "in", 1), tmp_path / "out"
     for i in range(400):                                  # the same pixels under many names: links cost nothing
         os.link(slides / "s0.svs", slides / f"t{i:03d}.svs")
-    args = [sys.executable, SCRIPT, "tile", str(slides), "--out", str(out), "--patch-px", "64", "--fov-px", "32", "--workers", str(workers)]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit "ignore"
-    p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
+    def before():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
+    p = Script("data.py", "tile", slides, "--out", out, "--patch-px", 64, "--fov-px", 32, "--workers", workers, before=before)
     deadline = time.time() + 30
     while not list(out.glob("*.tar")) and time.time() < deadline:
         time.sleep(0.01)
     os.killpg(p.pid, signal.SIGINT)                       # a terminal signals workers too
-    try:
-        err = p.communicate(timeout=10)[1]
-    except subprocess.TimeoutExpired:                     # Python drops an interrupt that falls into a destructor; people press again
-        os.killpg(p.pid, signal.SIGINT)
-        err = p.communicate(timeout=30)[1]
-    assert p.returncode == 130 and "continue" in err and "Traceback" not in err and not list(out.glob("*.tmp"))
+    again = threading.Timer(10, os.killpg, (p.pid, signal.SIGINT))               # Python drops an interrupt that falls into a destructor; people press again
+    again.start()
+    p = p.wait()
+    again.cancel()
+    assert p.returncode == 130 and "continue" in p.stderr and "Traceback" not in p.stderr and not list(out.glob("*.tmp"))
     rows = [json.loads(line)["shard"] for line in open(out / "slides.jsonl")]
     assert 0 < len(rows) < 401 and sorted(rows) == sorted(f.name for f in out.glob("*.tar"))
 

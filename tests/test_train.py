@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from conftest import script
+from conftest import Script, script
 
 import losses
 import runs
@@ -167,35 +167,40 @@ def equal(a, b):
     return all(torch.equal(a[part][k], b[part][k]) for part in ("model", "memory") for k in a[part])
 
 
-def test_a_run_survives_kills_at_random_moments(world, tmp_path):
+def test_a_run_survives_kills_at_random_moments(world, tmp_path, monkeypatch):
     """Four of them; `python dev/kills.py` does two hundred."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'dev')!r}); import kills; print(kills.torment({str(world)!r}, {str(tmp_path)!r}, 30, 4, seed=1))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(ROOT / "dev")
+    import kills
+    torch.set_num_threads(1)
+    rounds = kills.torment(world, tmp_path, 24, 4, seed=1)
+    assert sum(rounds[:2]) == 4
     assert (tmp_path / "killed" / "ckpt_prev.pt").exists() and "queue_v" in weights_of(tmp_path / "killed")["memory"]
 
 
 def test_a_request_is_granted_and_the_next_process_goes_on(world, tmp_path):
-    """SIGTERM to the whole group, as torchrun and a terminal do: the loader's process gets it too. Then two processes, then one; of two micro-batches."""
+    """SIGTERM to the whole group, as torchrun and a terminal do: the loader's process gets it too. Two processes, then one, then two; of two micro-batches."""
     more = [*SMALL, "--accumulate", "2", "--pairs", "1"]
     run("--data", world, "--out", tmp_path / "whole", "--steps", 9, *more)
 
     def until(step, name, nproc):
-        first = subprocess.Popen([*launch(nproc), "train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "9", *more, "--workers", "1"],
-                                 cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-        while first.poll() is None and max(runs.read_log(tmp_path / "parts").get("loss", ([0],))[0], default=0) < step:
-            time.sleep(0.02)
-        os.killpg(first.pid, name)
-        out, _ = first.communicate(timeout=60)
-        assert "stopped at step" in out and (nproc or first.returncode == 0), out
+        argv = ["train.py", "--data", str(world), "--out", str(tmp_path / "parts"), "--steps", "9", *more, "--workers", "1"]
+        with open(tmp_path / "said", "w+") as said:
+            first = Script(*argv, before=os.setsid) if not nproc else subprocess.Popen([*launch(nproc), *argv], cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+            until = time.time() + 60
+            while max(runs.read_log(tmp_path / "parts").get("loss", ([0],))[0], default=0) < step and time.time() < until:
+                time.sleep(0.02)
+            os.killpg(first.pid, name)
+            done = first.wait(timeout=60)
+            out = (tmp_path / "said").read_text() if nproc else done.stdout + done.stderr
+        assert "stopped at step" in out and (nproc or done.returncode == 0), out
         return weights_of(tmp_path / "parts")["step"]
-    one = until(1, signal.SIGTERM, 0)
-    two = until(one + 1, signal.SIGTERM, 2)
+    one = until(1, signal.SIGTERM, 2)
+    two = until(one + 1, signal.SIGTERM, 0)
     assert 1 <= one < two <= 9
-    again = run("--data", world, "--out", tmp_path / "parts", "--steps", 9, *more)
+    again = run("--data", world, "--out", tmp_path / "parts", "--steps", 9, *more, nproc=2)
     assert f"at step {two} of 9" in again.stdout + again.stderr
     a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert a["step"] == b["step"] == 9 and [row["world"] for row in map(json.loads, open(tmp_path / "parts" / "log.jsonl")) if "world" in row] == [1, 2, 1]
+    assert a["step"] == b["step"] == 9 and [row["world"] for row in map(json.loads, open(tmp_path / "parts" / "log.jsonl")) if "world" in row] == [2, 1, 2]
     a, b = runs.read_log(tmp_path / "whole")["loss"], runs.read_log(tmp_path / "parts")["loss"]
     assert b[0] == list(range(1, 10)) and b[1] == pytest.approx(a[1], rel=0.01)       # nine steps of Adam on rounding
 
