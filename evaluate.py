@@ -10,7 +10,8 @@
     python evaluate.py heatmap   RUN SLIDE "signet ring cells" --out map.png   # and map.geojson for QuPath
 
 RUN is a folder of train.py; instead of it: --clip FILE [--quick-gelu] --tokenizer FILE, or --vit FILE; or the words `random` (untrained weights) and
-`pixels` (the picture itself), below which no number means anything. --data is by default the run's own. torchrun shares the reading of the pictures.
+`pixels` (the picture itself), below which no number means anything. --data is by default the run's own. torchrun shares the reading of bags, pictures
+and slides; what is computed from features, fine-tuning and segmentation, the first process does alone.
 
 The protocols are functions of features and labels: zeroshot.py (no labels to learn from), supervised.py, segment.py, with metrics.py below them.
 subjects.py has the models, datasets.py the pictures, report.py what becomes of the results. Here is what is measured on what.
@@ -296,7 +297,8 @@ def measure_slides(subject, paths, out, device, args, js=(1, 5, 10, 50, 100)):
     names, templates = prompts.find(args.classes, ())
     W, lev = class_weights(subject.model, subject.tokenizer, names.values(), templates=templates).numpy(), MAG_NAMES.index(args.level)
     paths, failed, results = data.find_slides(paths), 0, {}
-    for path, scale in zip(paths, data.mpp_table(args.mpp, [p.name for p in paths]).values()):
+    rank, world = networks.rank(), networks.world_size()
+    for path, scale in list(zip(paths, data.mpp_table(args.mpp, [p.name for p in paths]).values()))[rank::world]:
         try:
             parents, feats = zeroshot.read_slide(subject.model, path, device, scale, args.fov_px)
         except (ValueError, OSError) as e:
@@ -314,7 +316,14 @@ def measure_slides(subject, paths, out, device, args, js=(1, 5, 10, 50, 100)):
         n = pictures.geojson(parents, zeroshot.outline_labels(s, valid, lev), lev, list(names), Path(out) / f"{path.stem}.geojson")
         print_table(f"{path.name}: {len(parents)} parents; {out}/{path.stem}.png, .geojson with {n} outlines at {args.level}",
                     ["", *(f"j = {j}" for j in js)], [[mag, *row.values()] for mag, row in picked.items()])
-    said = dict(model=subject.name, fingerprint=subject.fingerprint, prompts=dict(classes=names, templates=templates), mpp=args.mpp or "the slides' own", n=len(results))
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (results, failed))
+        results, failed = {name: r for part, _ in parts for name, r in part.items()}, sum(f for _, f in parts)
+        if rank:
+            return
+    listed = hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in paths)).encode()).hexdigest()[:12]
+    said = about(subject, "slides", listed, split="all", n=len(results), mpp=args.mpp or "the slides' own", prompts=dict(classes=names, templates=templates))
     data.replace_file(Path(out) / "slides.json", json.dumps(json_ready({"about": said, "slides": results}), indent=1))
     if failed:
         raise ValueError(f"{failed} of {len(paths)} slides could not be read, see above; the others are in {out}")
@@ -448,6 +457,8 @@ def main():
         raise ValueError(f"{subject.name} has nothing to fine-tune: give a run, --vit FILE, --clip FILE or random")
     if more:
         return measure_slides(subject, more, out, device, args)
+    if networks.rank() and args.command in ("finetune", "segment"):
+        return
     if shards:
         if args.command == "segment":
             raise ValueError(f"{source} are shards, which have no masks: give --data CSV with columns file,mask (of the built-in world: python synthetic.py --masks)")
