@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_train import ROOT, SMALL, launch
-from test_weights import clip_states
+from test_weights import clip_states, timm_state
 
 import data
 import evaluate
@@ -289,6 +289,11 @@ def test_public_weights_go_the_same_ways(clip, patches, world, tmp_path, monkeyp
     assert plain["about"]["zeroshot"]["fingerprint"] != quick["about"]["zeroshot"]["fingerprint"]       # the same file, another GELU: other features
     command(monkeypatch, "retrieval", *clip, "--data", world, "--out", tmp_path / "shards", "--bags", "3")          # 64 px resampled to its 32
     assert json.loads((tmp_path / "shards/results.json").read_text())["retrieval"]["40x"]["n"] > 50
+    torch.save(timm_state(), tmp_path / "uni.bin")
+    command(monkeypatch, "report", "--vit", tmp_path / "uni.bin", "--data", patches / "index.csv", "--out", tmp_path / "vit", "--features", "backbone,projected")
+    assert {row["features"] for row in json.loads((tmp_path / "vit/results.json").read_text())["probe"]} == {"backbone", "projected"}
+    with pytest.raises(ValueError, match="uni has no text tower, and retrieval compares images with texts"):
+        command(monkeypatch, "retrieval", "--vit", tmp_path / "uni.bin", "--data", patches / "index.csv")
     subject = subjects.load_subject(clip=clip[1], tokenizer=clip[3])
     assert torch.allclose(subject.model.encode_image(torch.rand(2, 3, 32, 32)).norm(dim=1), torch.ones(2)) and subject.name == "clip"
 
