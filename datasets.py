@@ -29,11 +29,11 @@ COLUMNS = {  # what a table's columns are called, in the order they are looked f
     "file": ("file", "filename", "image", "image name", "path", "slide", "patch"),
     "label": ("label", "class", "majority vote label", "diagnosis", "category"),
     "group": ("group", "patient", "patient_id", "case", "case_id", "slide_id", "cluster", "slide"),
-    "split": ("split", "partition", "fold", "set"),
+    "split": ("split", "partition", "set"),
     "caption": ("caption", "text"),
     "mask": ("mask", "mask_file"),
 }
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
@@ -130,11 +130,18 @@ def _read_table(path, group=None, files=True):
                 row[kind] = path.parent / row[kind]
                 if not row[kind].is_file():
                     raise ValueError(f"{path}:{number}: {row[kind]} does not exist: files are looked for beside the table")
-        row["split"] = SPLITS.get(row.get("split", "").lower(), "")
-        for kind in ("label", "group"):
+        if (said := row.get("split", "")) and said.lower() not in SPLITS:
+            raise ValueError(f"{path}:{number}: {column['split']} {said} is none of train, val, test: write one of them, or leave it empty")
+        row["split"] = SPLITS.get(said.lower(), "")
+        for kind in ("label", "group", "caption", "mask"):
             if column[kind] and not row[kind]:
                 raise ValueError(f"{path}:{number} has no {column[kind]}: fill it in or leave the line out")
         rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has a line of headings and no rows")
+    labels = sorted({r.get("label", "") for r in rows}, key=lambda name: (name.lower(), name))
+    if clash := next((a for a, b in zip(labels, labels[1:]) if a.lower() == b.lower()), None):
+        raise ValueError(f"{path} writes the label {clash} in two ways, of which only the case differs: make them one")
     return rows, column["group"]
 
 

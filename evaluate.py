@@ -1,6 +1,6 @@
 """Measure a model: ours or any public CLIP or ViT, on our shards, on folders and tables of labelled pictures, on slide files.
 
-    python evaluate.py report    RUN                                 # what suits the data, all of it -> results.json, PNGs, report.html
+    python evaluate.py report    RUN                                 # all that needs no training of a network -> results.json, PNGs, report.html
     python evaluate.py zeroshot  RUN --data NCT-CRC/ [--levels --mpp 0.5]      # classes by prompts; at 5x, 10x, 20x, 40x and merged
     python evaluate.py slide     RUN [SLIDE ... --classes nsclc]     # MI-Zero; from slide files heatmaps and outlines too; from shards also attention MIL
     python evaluate.py probe     RUN --data index.csv                # logistic regression, prototypes, 20 neighbours, few-shot on frozen features
@@ -32,6 +32,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import data
 import datasets
@@ -44,8 +45,8 @@ import supervised
 import zeroshot
 from pictures import LEVEL, MAG_NAMES
 from report import json_ready, keep, print_table
-from subjects import (Subject, class_weights, embed, embed_texts, fit, labelled, labels_of, load_run, load_subject, read_config, reader,
-                      reader_of, reads_text, spread)
+from subjects import (Subject, bags_hash, class_weights, embed, embed_texts, features_key, fit, labelled, labels_of, load_run, load_subject, open_bags,
+                      read_config, reader, reader_for, reads_text, spread, stamp)
 
 
 def about(subject, data_name, data_hash, **more):
@@ -63,11 +64,6 @@ def shards_in(path):
     return (path / "test", path / "train" if has(path / "train") else None) if has(path / "test") else (path, None) if has(path) else None
 
 
-def bags_hash(bags):
-    """Twelve digits of the bags' names and valid nodes."""
-    return hashlib.sha256("\n".join(bags.keys).encode() + bags.valid.numpy().tobytes()).hexdigest()[:12]
-
-
 def report(run, test, train, device="cpu"):
     """What train.py ends with: on the run's own shards all that takes seconds. The rest is `evaluate.py report RUN`."""
     args = arguments(["report", str(run), "--top", "0"])
@@ -78,25 +74,32 @@ def report(run, test, train, device="cpu"):
 def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
     """Features of test shards and, where there are any, of training shards -> namespace of both, or None where another process goes on. `base`, half as
     many training bags as test bags, is what scores are centred on and probes learn from; `gallery` what held-out parents look among and MIL learns from."""
-    bags, train_bags = data.BagDataset(test), data.BagDataset(train) if train else None
-    read = reader_of(subject) if "text_guided" in args.features else reader(subject.model)
+    bags, train_bags = open_bags(test), open_bags(train) if train else None
+    read, most = reader_for(subject, args.features), args.bags or (len(bags) if wanted == ("slide",) else 300)
     if bags.S != subject.model.vision.size and networks.rank() == 0:
         print(f"patches of {bags.S} px are resampled to the {subject.model.vision.size} that {subject.name} reads")
 
     def embedded(which, count):
-        key = (subject.fingerprint, bags_hash(which), count, *sorted(args.features))
+        key = (subject.fingerprint, stamp(which), count, *features_key(subject, args.features))
         return embed(subject.model, which, spread(len(which), count), device, read=read, folder=Path(out) / "features" / "-".join(map(str, key)) if cached else None)
-    feats, base, gallery = embedded(bags, args.bags), None, None
+    feats, base, gallery = embedded(bags, most), None, None
     if train:
-        base = embedded(train_bags, args.bags // 2)
+        base = embedded(train_bags, max(1, most // 2))
         shared = set(bags.slides) & set(train_bags.slides)                             # only then are test bags held-out parents of training slides
         if shared and "retrieval" in wanted or mil and "slide" in wanted:
-            gallery = embedded(train_bags, len(train_bags) if shared else 2 * args.bags)
+            gallery = embedded(train_bags, len(train_bags) if shared or not args.bags and wanted == ("slide",) else 2 * most)
     if feats is None:
         return None
     split = f"{len(base['index'])} training bags of {train}" if train else f"no training bags: centred on the test bags, {args.folds} folds by slide"
+    if train and shared:                                                               # labels are not learned on the slides that they are measured on
+        split += f"; {len(shared)} slides are in both, so what learns from labels is measured in {args.folds} folds by slide"
+        print(f"{len(shared)} slides are in {test} and in {train}: probes and MIL are measured in folds by slide")
     known, (labels, patients) = labelled(bags, feats), datasets.read_labels(args.labels) if args.labels else (None, None)
-    names, templates = prompts.find(args.classes, set(labels.values())) if labels else (prompts.BUILT_IN["diagnosis"], prompts.BUILT_IN_TEMPLATES)
+    names, templates = prompts.BUILT_IN["diagnosis"], prompts.BUILT_IN_TEMPLATES
+    if labels:
+        if not set(labels) & set(bags.slides):
+            raise ValueError(f"{args.labels} names none of the slides of {test}, the first of which is {bags.slides[0]}: write their names as they are there")
+        names, templates = prompts.find(args.classes, set(labels.values())) if subject.tokenizer else ({c: () for c in sorted(set(labels.values()))}, ())
     truth = zeroshot.slide_truth(bags, feats, table=labels) if known or labels else {}
     return SimpleNamespace(bags=bags, feats=feats, train_bags=train_bags, base=base or feats, gallery=gallery, shared=bool(train and shared), known=known,
                            labels=labels, patients=patients, names=names, templates=templates, truth=truth,
@@ -116,22 +119,26 @@ def measure_shards(subject, test, train, out, device, args, wanted, mil=True, ca
         shards_zeroshot(subject, s, out)
     if "slide" in wanted and s.truth:
         if subject.tokenizer:
-            found = zeroshot.of_slides(subject.model, subject.tokenizer, s.bags, s.feats, s.base, s.names, s.templates, s.truth)
+            found = zeroshot.of_slides(subject.model, subject.tokenizer, s.bags, s.feats, s.base, s.names, s.templates, s.truth, s.patients)
             images = {} if asked or not s.known else built_in_heatmap(subject, s, test, out, device)
             keep(out, s.about | dict(prompts=s.prompts), {"slide": found}, images)
         if mil:
-            parts = [(s.bags, s.feats, s.truth, "test" if train else "")]
+            own = train and not s.shared
+            parts = [(s.bags, s.feats, s.truth, "test" if own else "")]
             if train:
-                parts.append((s.train_bags, s.gallery, zeroshot.slide_truth(s.train_bags, s.gallery, table=s.labels), "train"))
+                parts.append((s.train_bags, s.gallery, zeroshot.slide_truth(s.train_bags, s.gallery, table=s.labels), "train" if own else ""))
+                if own and s.patients and (both := {s.patients.get(x) for x in s.truth} & {s.patients.get(x) for x in parts[1][2]} - {None}):
+                    print(f"{len(both)} patients have slides in both {test} and {train}: the numbers of MIL will flatter")
             keep(out, s.about, {"mil": supervised.mil_of_bags(parts, list(s.names), s.patients, k=args.folds)})
     if "probe" in wanted and s.known:
-        parts = [(s.bags, s.feats, "test"), (s.train_bags, s.base, "train")] if train else [(s.bags, s.feats, "")]
+        own = train and not s.shared
+        parts = [(s.bags, s.feats, "test" if own else "")] + [(s.train_bags, s.base, "train" if own else "")] * bool(train)
         tasks = list(supervised.tasks_of_bags(parts, seed=args.seed))
         shown = next((t for t in tasks if t.name == "cytology 40x"), tasks[0])
         pictures.projection(shown.x[args.features[0]], shown.y, shown.classes, out / "projection.png", f"{shown.name}, {args.features[0]}")
         found = supervised.probe(tasks, args.features, args.folds, args.seed)
         keep(out, s.about | dict(regularisation="100 / (M C)"), found, {"projection.png": "Two first principal components of patches' features, coloured by class."})
-    if "retrieval" in wanted:
+    if "retrieval" in wanted and (asked or s.known or s.shared or s.truth or any(s.bags.captions(s.feats["index"][0]))):
         shards_retrieval(subject, s, out, args.top)
     print(f"\nwrote {out}/results.json, report.html and pictures")
 
@@ -155,9 +162,9 @@ def shards_zeroshot(subject, s, out):
 def shards_retrieval(subject, s, out, top):
     """Image and caption, held-out parent and slide, patch and slides of its diagnosis: whichever the data allow; and a sheet to look at."""
     found, images = {}, {}
-    if subject.tokenizer:
+    captions = sorted({c for i in s.feats["index"] for c in s.bags.captions(i) if c})
+    if subject.tokenizer and captions:
         found["retrieval"] = zeroshot.retrieval(subject.model, subject.tokenizer, s.bags, s.feats, top=top if hasattr(subject.model, "fusion") else 0)
-        captions = sorted({c for i in s.feats["index"] for c in s.bags.captions(i) if c})
         queries = captions[:: max(1, len(captions) // 9)][:9]
         if s.known:
             queries = [c[0] for fact in ("architecture", "cytology") for c in prompts.BUILT_IN[fact].values()]
@@ -168,6 +175,8 @@ def shards_retrieval(subject, s, out, top):
         found["slide_retrieval"] = zeroshot.slide_retrieval(s.bags, s.feats, s.train_bags, s.gallery)
     if s.truth and (rows := zeroshot.diagnosis_retrieval(s.bags, s.feats, s.truth)):  # none where each slide has a class of its own
         found["diagnosis_retrieval"] = rows
+    if not found:
+        raise ValueError(f"{s.bags.folder} has neither captions, nor slides with training parents, nor labels of slides: retrieval has nothing to ask for")
     keep(out, s.about, found, images)
 
 
@@ -186,19 +195,24 @@ def built_in_heatmap(subject, s, test, out, device):
 
 def tune_shards(subject, test, train, out, device, args, most=1500):
     """Full fine-tuning on the patches of one fact and magnification of shards, at most `most` of the test and of the training slides."""
-    sets = [data.BagDataset(folder) for folder in (test, train) if folder]
-    parts = [(bags, {"valid": bags.valid, "index": list(range(len(bags)))}, split) for bags, split in zip(sets, ("test", "train") if train else ("",))]
+    sets = [open_bags(folder) for folder in (test, train) if folder]
+    own = len(sets) == 2 and not set(sets[0].slides) & set(sets[1].slides)
+    parts = [(bags, {"valid": bags.valid, "index": list(range(len(bags)))}, split) for bags, split in zip(sets, ("test", "train") if own else ("", ""))]
     task = next(supervised.tasks_of_bags(parts, (args.fact,), (args.level,), most, args.seed), None)
     if task is None:
         raise ValueError(f"{test} has no truth of {args.fact} at {args.level}: finetune needs labels")
 
-    class Patches:
-        def __getitem__(self, i):
-            part, g, n = task.places[i]
-            x = fit(data.pyramid(sets[part][g]["image"][None])[0, n], subject.model.vision.size)
-            return (x * 255).round().to(torch.uint8)[None], None
-    row = supervised.tune(subject.model.vision, Patches(), task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
-    split = f"at most {most} patches of the test and of the training slides; a fifth of the training slides for early stopping"
+    S, of_bag = subject.model.vision.size, {}
+    for row, (part, g, n) in enumerate(task.places):
+        of_bag.setdefault((part, g), []).append((row, n))
+    patches = torch.empty(len(task.y), 1, 3, S, S, dtype=torch.uint8)                  # cut once, a bag at a time
+    for (part, g), rows in tqdm(of_bag.items(), desc="patches", unit="bag", leave=False):
+        nodes = data.pyramid(sets[part][g]["image"][None])[0]                          # [N, 3, s, s]
+        for row, n in rows:
+            patches[row, 0] = (fit(nodes[n], S) * 255).round().to(torch.uint8)
+    tiles = [(x, None) for x in patches]
+    row = supervised.tune(subject.model.vision, tiles, task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
+    split = f"at most {most} patches of each folder, " + ("the source's own" if own else f"{args.folds} folds by slide") + "; a fifth of the training slides for early stopping"
     keep(out, about(subject, test, bags_hash(sets[0]), split=split), {"finetune": [row]})
     print(f"\nwrote {out}/results.json and report.html")
 
@@ -215,10 +229,10 @@ def measure_pictures(subject, pics, out, device, args, wanted):
         raise ValueError(f"{pics.name} has no captions: retrieval needs a column `caption` in the table")
     if args.levels and not args.mpp:
         raise ValueError("--levels resamples from the pictures' own scale, so it needs --mpp (microns per pixel, as in the data set's description)")
-    if "text_guided" in args.features and not subject.keywords:
-        raise ValueError(f"{subject.name} has no keywords.json, from which text_guided features take their keywords: only a run of train.py has one")
+    if pics.labels and len(set(pics.labels)) < 2 and set(wanted) & {"probe", "finetune"}:
+        raise ValueError(f"{pics.name} has one class, {pics.labels[0]}: there is nothing to tell apart")
     named, templates = prompts.find(args.classes, set(pics.labels)) if "zeroshot" in wanted else ({}, ())
-    order = [c for c in named if c in set(pics.labels)] if named else sorted(set(pics.labels or ()))
+    order = sorted(set(pics.labels or ()))
     groups = None if pics.groups is None else np.array(pics.groups)
     task = supervised.Task(pics.name, {}, pics.targets(order) if pics.labels else np.zeros(len(pics), int), order, groups, np.array(pics.split))
     own_split, said = test.any() and not test.all(), about(subject, pics.name, pics.hash, groups=pics.by or "none: every row its own")
@@ -230,13 +244,14 @@ def measure_pictures(subject, pics, out, device, args, wanted):
             print(f"{len(both)} of {len(set(groups))} groups ({pics.by}) lie in the training and the test rows of the source's own split: its numbers will flatter")
     split = "the source's own" if own_split else f"{args.folds} folds by {pics.by or 'row'}, every row predicted once"
     if set(wanted) - {"finetune"}:
-        read = reader_of(subject) if "text_guided" in args.features else reader(subject.model)
-        key = (subject.fingerprint, pics.stamp, S, f"mpp{args.mpp}" if args.levels else "whole", "guided" if "text_guided" in args.features else "plain")
-        found = datasets.features(read, pics.files, S, device, args.mpp if args.levels else None, Path(out) / "features" / "-".join(map(str, key)))
+        key = (subject.fingerprint, pics.stamp, S, f"mpp{args.mpp}" if args.levels else "whole", *features_key(subject, args.features))
+        found = datasets.features(reader_for(subject, args.features), pics.files, S, device, args.mpp if args.levels else None, Path(out) / "features" / "-".join(map(str, key)))
     if networks.rank():
         return
     if set(wanted) - {"finetune"}:
         ok = found.pop("ok")
+        if not (ok & test if test.any() else ok).any():
+            raise ValueError(f"none of the {len(ok)} pictures of {pics.name} could be read, see above")
         if not ok.all():
             print(f"{(~ok).sum()} of {len(ok)} pictures could not be read and are left out")
             said["left_out"] = int((~ok).sum())
@@ -245,7 +260,9 @@ def measure_pictures(subject, pics, out, device, args, wanted):
         measured, rest = keep_rows(ok & test if test.any() else ok), keep_rows(ok & ~test)
         which = "test rows" if test.any() else "all rows"
     if "zeroshot" in wanted:
-        pictures_zeroshot(subject, measured, rest, out, args, said | dict(split=which, prompts=dict(classes={c: named[c] for c in order}, templates=templates)))
+        numbers = pics.targets(list(named))                                            # all classes that are named are candidates, also those that nobody has
+        measured_ = supervised.Task(task.name, measured.x, numbers[ok & test if test.any() else ok], list(named), measured.groups)
+        pictures_zeroshot(subject, measured_, rest, out, args, said | dict(split=which, prompts=dict(classes=named, templates=templates)))
     if "probe" in wanted:
         everything = keep_rows(ok)
         pictures.projection(everything.x[args.features[0]], everything.y, order, Path(out) / "projection.png", f"{subject.name}, {args.features[0]}")
@@ -260,7 +277,9 @@ def measure_pictures(subject, pics, out, device, args, wanted):
         same = np.unique(captions, return_inverse=True)[1]
         hit, v, t = same[:, None] == same[None, :], measured.x["projected"], embed_texts(subject.model, subject.tokenizer, captions).numpy()
         result = {"n": len(rows), **zeroshot.recall_both(v, t, hit)}
-        if args.top and hasattr(subject.model, "fusion"):
+        if args.top and hasattr(subject.model, "fusion") and len(rows) > 3000:
+            print(f"{len(rows)} pictures are too many to keep for image-text matching: nothing is re-ranked")
+        elif args.top and hasattr(subject.model, "fusion"):
             images = torch.stack([networks.read_picture(pics.files[i], S) for i in rows])
             match, scale = zeroshot.matcher(subject.model, subject.tokenizer, images, captions), float(subject.model.itc_scale.detach().exp())
             result["reranked"] = zeroshot.recall_both(v, t, hit, match, args.top, scale)
@@ -278,7 +297,8 @@ def pictures_zeroshot(subject, task, rest, out, args, said):
     images = {"confusion.png": "Confusion matrix with the prompt ensemble: rows are the truth."}
     if args.levels:
         listed = lambda which: " ".join(f"{m}x" for m, t in zip(data.MAGS, there) if t == which) or "none"
-        said = said | dict(mpp=args.mpp, merged="of " + listed(True), enlarged=listed(False))
+        centred = "the training rows" if len(rest.y) else "these rows themselves"
+        said = said | dict(mpp=args.mpp, merged=f"of {listed(True)}, centred on {centred}", enlarged=listed(False))
         table = {mode: {mag: (s["f1"], *s["interval"]["f1"]) for mag, s in row.items()} for mode, row in found.items()}
         pictures.bars(table, Path(out) / "levels.png", f"{subject.name} on {task.name}")
         images["levels.png"] = "Weighted F1 at each magnification, resampled from the pictures' own, and merged."
@@ -326,7 +346,7 @@ def measure_slides(subject, paths, out, device, args, js=(1, 5, 10, 50, 100)):
     said = about(subject, "slides", listed, split="all", n=len(results), mpp=args.mpp or "the slides' own", prompts=dict(classes=names, templates=templates))
     data.replace_file(Path(out) / "slides.json", json.dumps(json_ready({"about": said, "slides": results}), indent=1))
     if failed:
-        raise ValueError(f"{failed} of {len(paths)} slides could not be read, see above; the others are in {out}")
+        raise ValueError(f"{failed} of {len(paths)} slides could not be read, see above" + (f"; the others are in {out}" if results else ""))
 
 
 def measure_masks(subject, pics, out, device, args):
@@ -338,23 +358,24 @@ def measure_masks(subject, pics, out, device, args):
     names, templates = prompts.find(args.classes, ())
     vision, C, both, split = subject.model.vision, len(names), list(zip(pics.files, pics.masks)), np.array(pics.split)
     test, rows, maps, parts = np.flatnonzero(split == "test") if (split == "test").any() else np.arange(len(both)), {}, {}, []
-    for _, mask in both:
-        segment.read_mask(mask, C)                                                     # a wrong one is told of now and not after hours
+    segment.read_masks(both, C, args.mpp)                                              # a wrong one is told of now and not after hours
+    groups = None if pics.groups is None else np.array(pics.groups)
     if subject.tokenizer:
         W, read = class_weights(subject.model, subject.tokenizer, names.values(), templates=templates), reader(subject.model)
         found, maps = segment.zeroshot(lambda x: read(x)["projected"].float(), W, [both[i] for i in test], vision.size, device, args.mpp)
-        rows |= {f"zero-shot {name}": segment.summary(m) for name, m in found.items()}
+        rows |= {f"zero-shot {name}": segment.summary(m, None if groups is None else groups[test]) for name, m in found.items()}
     if hasattr(vision, "blocks") and len(both) > 1:
         for train, held in supervised.splits(np.zeros(len(both), int), pics.groups, split, min(args.folds, len(both)), args.seed):
             m, last = segment.decoder(vision, [both[i] for i in train], [both[i] for i in held], C, device, int(args.level[:-1]), args.mpp, seed=args.seed)
-            parts.append(m)
+            parts.append((held, m))
             maps = maps | {f"linear decoder at {args.level}": last} if held[-1] == test[-1] else maps
-        rows |= {f"linear decoder at {args.level}": segment.summary(np.concatenate(parts))} if parts else {}
+        held, m = (np.concatenate(part) for part in zip(*parts))
+        rows[f"linear decoder at {args.level}"] = segment.summary(m, None if groups is None else groups[held])
     if not rows:
         raise ValueError(f"{subject.name} has no text tower, and a decoder needs patch tokens and two pictures or more: give a run, --clip, --vit or random")
     which = "test rows" if (split == "test").any() else f"all rows; the decoder over folds by {pics.by or 'row'}"
     said = about(subject, pics.name, pics.hash, split=which, mpp=args.mpp or "the files' own",
-                 windows="75 % overlap, uniform mean; Dice over the pixels of all pictures; interval over pictures", prompts=dict(classes=names, templates=templates))
+                 windows=f"75 % overlap, uniform mean; merged: centred on these pictures; Dice over the pixels of all pictures; interval over {pics.by or 'pictures'}", prompts=dict(classes=names, templates=templates))
     pictures.label_maps(both[test[-1]][0], maps, list(names), Path(out) / "segments.png")
     keep(out, said, {"segment": {"classes": list(names), "rows": rows}}, {"segments.png": f"{both[test[-1]][0].name}: truth and what was found."})
     print(f"\nwrote {out}/results.json, report.html and pictures")
@@ -379,7 +400,7 @@ FLAGS = (  # flag, type (None: a switch), default, the commands that know it, he
     ("--levels", None, False, "zeroshot", "at 5x, 10x, 20x and 40x, resampled from --mpp, and merged"),
     ("--labels", str, None, "report slide", "of shards: CSV of slide,label[,patient]"),
     ("--features", str, "backbone", "report probe", "backbone, projected, text_guided: a list with commas"),
-    ("--bags", int, 300, "report zeroshot slide probe retrieval", "test bags at most; half as many training bags"),
+    ("--bags", int, None, "report zeroshot slide probe retrieval", "test bags at most, half as many training bags (300; for slide all)"),
     ("--folds", int, 5, "report slide probe finetune segment", "where the data have no split of their own"),
     ("--top", int, 16, "report retrieval", "candidates that image-text matching re-ranks; 0: none"),
     ("--fact", str, "architecture", "finetune", "of the built-in world"),
@@ -420,8 +441,8 @@ def arguments(line=None):
             args.mpp = float(args.mpp)
         except ValueError:
             raise ValueError(f"--mpp {args.mpp} is no number: give microns per pixel, 0.5 for 20x") from None
-        if not 0 < args.mpp < 100:
-            raise ValueError(f"--mpp {args.mpp:g} are no microns per pixel: 40x has 0.25, 20x 0.5")
+        if not 0 < args.mpp < (1.2 * data.mpp_of(5) if args.levels else 100):
+            raise ValueError(f"--mpp {args.mpp:g} " + ("is below 5x, so no magnification is in the pictures" if args.levels and args.mpp > 0 else "are no microns per pixel: 40x has 0.25, 20x 0.5"))
     return args
 
 
@@ -435,6 +456,8 @@ def main():
         raise ValueError(f"{args.command} takes one model, and {more[0]} is left over: data go behind --data")
     if args.command == "heatmap" and len(more) < 2:
         raise ValueError("heatmap needs a slide and at least one text in quotes")
+    if args.command == "heatmap" and args.out and not args.out.lower().endswith(".png"):
+        raise ValueError(f"--out {args.out} is no NAME.png: heatmap writes a PNG, and beside it NAME.geojson")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")                                                # only rows of features and words travel
         if device == "cuda":
@@ -457,9 +480,22 @@ def main():
         raise ValueError(f"{subject.name} has nothing to fine-tune: give a run, --vit FILE, --clip FILE or random")
     if more:
         return measure_slides(subject, more, out, device, args)
-    if networks.rank() and args.command in ("finetune", "segment"):
-        return
+    if "text_guided" in args.features and not subject.keywords:
+        raise ValueError(f"{subject.name} has no keywords.json, from which text_guided features take their keywords: only a run of train.py has one")
+    if dist.is_initialized() and args.command in ("finetune", "segment"):
+        rank = networks.rank()
+        dist.destroy_process_group()                                                   # the first goes on alone: its networks must not wait for others
+        if rank:
+            return
+    if args.command == "slide" and not shards:
+        raise ValueError("slide measures shards or slide files: `evaluate.py slide RUN SLIDE ... --classes FILE`")
     if shards:
+        if wrong := next((f"--{n}" for n in ("group", "levels", "mpp") if getattr(args, n)), None):
+            raise ValueError(f"{wrong} is for pictures, and {source} are shards, which know their slides and magnifications")
+        if args.train:
+            if not shards_in(args.train):
+                raise ValueError(f"--train {args.train} holds no shards, and {source} does: give shards")
+            shards = shards[0], shards_in(args.train)[1] or shards_in(args.train)[0]
         if args.command == "segment":
             raise ValueError(f"{source} are shards, which have no masks: give --data CSV with columns file,mask (of the built-in world: python synthetic.py --masks)")
         if args.command == "finetune":
@@ -468,8 +504,6 @@ def main():
     pics = datasets.read_pictures(source, args.train, args.group)
     if args.command == "segment":
         return measure_masks(subject, pics, out, device, args)
-    if args.command == "slide":
-        raise ValueError("slide measures shards or slide files: `evaluate.py slide RUN SLIDE ... --classes FILE`")
     everything = ["zeroshot"] * bool(subject.tokenizer and pics.labels) + ["probe"] * bool(pics.labels) + ["retrieval"] * bool(subject.tokenizer and pics.captions)
     if args.command == "retrieval":
         reads_text(subject, args.command)

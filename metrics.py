@@ -1,7 +1,7 @@
 """The numbers of a classifier, a ranking and a mask, in NumPy: each small enough to check by eye, all equal to scikit-learn's (tests).
 
 A confusion matrix says all there is to say about predicted classes, so the rates are functions of it; the interval of a rate is that
-of 1,000 confusion matrices (200 for the AUROC), each of patients (slides, clusters ...) drawn with replacement, because patches of one patient are no
+of 1,000 confusion matrices (20 to 200 for the AUROC), each of patients (slides, clusters ...) drawn with replacement, because patches of one patient are no
 independent witnesses. What is not defined (the AUROC of a single class) is NaN, never 0.
 
 Shape letters: R rows (patches, slides), C classes, W groups, T resamples.
@@ -68,7 +68,7 @@ def auroc(y, probability, weight=None):
 
 def scores(y, p, C, groups=None, probability=None, times=1000, seed=0):
     """Everything about predicted classes p [R] beside the truth y [R]: dict of RATES, of auroc where probability [R, C] is given, of n and, where
-    groups [R] (any labels) are, `groups` (their number) and `interval`: rate -> (low, high), the 95 % of a bootstrap over groups.
+    groups [R] (any labels) are, `groups` (their number) and `interval`: rate -> (low, high), the 95 % of a bootstrap over groups (NaN of a single one).
     ValueError where there is no row."""
     y, p = np.asarray(y), np.asarray(p)
     if not len(y):
@@ -77,19 +77,24 @@ def scores(y, p, C, groups=None, probability=None, times=1000, seed=0):
     if probability is not None:
         out["auroc"] = auroc(y, probability)
     if groups is not None:
-        names, which = np.unique(np.asarray(groups), return_inverse=True)
-        parts = np.bincount(which * C * C + y * C + p, minlength=len(names) * C * C).reshape(len(names), C * C)
-        drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), times)     # [T, W]
-        samples = rates((drawn @ parts).reshape(times, C, C))
-        if probability is not None:
-            samples["auroc"] = auroc(y, probability, drawn[:200, which])               # it costs a hundred times as much as the others
-        out |= {"groups": len(names), "interval": {k: interval(v) for k, v in samples.items()}}
+        (names, which), rng = np.unique(np.asarray(groups), return_inverse=True), np.random.default_rng(seed)
+        W = len(names)
+        draw = lambda T: rng.multinomial(W, np.full(W, 1 / W), T)                      # how often each group: [T, W]
+        if W == len(y):                                                                # rows on their own: draw the cells of the matrix, which is the same
+            samples = rates(rng.multinomial(W, confusion(y, p, C).ravel() / W, times).reshape(times, C, C))
+        else:
+            parts = np.bincount(which * C * C + y * C + p, minlength=W * C * C).reshape(W, C * C)
+            samples = rates((draw(times).astype(float) @ parts).reshape(times, C, C))
+        if probability is not None:                                                    # it costs a hundred times as much as the others
+            samples["auroc"] = auroc(y, probability, draw(max(20, min(200, 2_000_000 // len(y))))[:, which])
+        out |= {"groups": W, "interval": {k: interval(v if W > 1 else []) for k, v in samples.items()}}
     return out
 
 
 def interval(samples):
     """Samples [T] -> (low, high) of their middle 95 %, without those that are not defined; NaN where none is."""
-    samples = np.asarray(samples)[~np.isnan(samples)]
+    samples = np.asarray(samples, float)
+    samples = samples[~np.isnan(samples)]
     return tuple(np.percentile(samples, [2.5, 97.5]).tolist()) if len(samples) else (np.nan, np.nan)
 
 

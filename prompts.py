@@ -144,7 +144,10 @@ def find(spec, labels):
         fitting = [k for k, classes in DATASETS.items() if {c.lower() for c in labels} <= {c.lower() for c in classes}]
         if not labels or not fitting:
             raise ValueError(f"the labels {' '.join(sorted(labels)[:6])} belong to no data set of prompts.py: write {{label: [names]}} into a JSON file and give it as --classes")
+        if all(label.isdigit() for label in labels):
+            raise ValueError(f"the labels {' '.join(sorted(labels)[:6])} are numbers, which do not say what they mean: give --classes, one of {' '.join(DATASETS)} or a JSON file {{label: [names]}}")
         key = min(fitting, key=lambda k: len(DATASETS[k]))
+        print(f"the labels are taken for those of {key}; if they are others, give --classes")
     if key in DATASETS:
         classes = DATASETS[key]
     else:

@@ -32,7 +32,11 @@ def keep(out, about, results, images=None):
         old = json.loads(file.read_text()) if file.exists() else {}
     except ValueError:
         raise ValueError(f"{file} is not JSON: move it away, and run this again") from None
-    old = old if "about" in old else {}                                                # written before results said what they are of
+    mine = lambda key: old["about"].get(key, {}).get("fingerprint") == about["fingerprint"]
+    if "about" in old and not all(map(mine, old["about"])):
+        print(f"{file} held results of other weights, which give way to these")
+    if "about" not in old or not all(map(mine, old["about"])):                         # or was written before results said what they are of
+        old = {}
     tell = {k: about | {"n": n} if (n := rows_of(r)) else about for k, r in results.items()}
     shown = {name: dict(caption=caption, of=next(iter(results))) for name, caption in (images or {}).items()}
     new = old | results | {"about": old.get("about", {}) | tell, "pictures": old.get("pictures", {}) | shown}

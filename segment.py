@@ -98,18 +98,30 @@ def zeroshot(encode, W, pairs, S, device, mpp=None, mags=data.MAGS):
     return {name: np.stack(m) for name, m in out.items() if m}, maps
 
 
+def read_masks(pairs, C, mpp=None):
+    """The masks of pairs [(picture, mask path)], each checked against its picture: it may be smaller, but not of another shape. ValueError names it."""
+    for path, mask in pairs:
+        truth = read_mask(mask, C)
+        with data.Slide(path, mpp) as slide:
+            (W, H), (h, w) = slide.size, truth.shape
+        if abs(W * h - H * w) > max(W, H):
+            raise ValueError(f"{mask} is {w} x {h} and its picture {path} {W} x {H} pixels, which is another shape: the mask belongs to another picture")
+
+
 def pixels(truth, found, C):
     """Confusion [C, C] of a mask's pixels with those of a label map; VOID left out."""
     there = truth != VOID
     return metrics.confusion(truth[there], found[there], C)
 
 
-def summary(m, times=1000, seed=0):
-    """Confusions per picture [pictures, C, C] -> dict: Dice of each class over all pixels, their mean, its 95 % interval over pictures."""
-    each = metrics.dice(m.sum(0))
+def summary(m, groups=None, times=1000, seed=0):
+    """Confusions per picture [pictures, C, C] -> dict: Dice of each class over all pixels, their mean, its 95 % interval over groups (else pictures)."""
+    each, n = metrics.dice(m.sum(0)), len(m)
+    if groups is not None:
+        m = np.stack([m[np.asarray(groups) == g].sum(0) for g in dict.fromkeys(groups)])
     drawn = np.random.default_rng(seed).multinomial(len(m), np.full(len(m), 1 / len(m)), times)
     mean = lambda d: np.where(np.isnan(d), 0, d).sum(-1) / (~np.isnan(d)).sum(-1)
-    return {"dice": each.tolist(), "mean": float(mean(each)), "interval": metrics.interval(mean(metrics.dice(np.tensordot(drawn, m, 1)))), "n": len(m)}
+    return {"dice": each.tolist(), "mean": float(mean(each)), "interval": metrics.interval(mean(metrics.dice(np.tensordot(drawn, m, 1))) if len(m) > 1 else []), "n": n}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,10 +160,11 @@ def decoder(vision, train, test, C, device, mag=20, mpp=None, most=20000, seed=0
             with data.Slide(path, mpp) as slide:
                 truth = read_mask(mask, C)
                 yield truth, *tokens_of(vision, slide, truth, mag, device, C)
-    xs, ys = zip(*((x[y >= 0], y[y >= 0]) for _, x, y, _ in read(train)))
-    x, y = np.concatenate(xs), np.concatenate(ys)
-    rows = np.random.default_rng(seed).permutation(len(x))[:most]
-    W, b = supervised.fit_logistic(x[rows], y[rows], C)
+    rng, xs, ys = np.random.default_rng(seed), [], []
+    for _, x, y, _ in read(train):                                                     # as many of each picture, so that no more are held than are learned from
+        rows = rng.permutation(np.flatnonzero(y >= 0))[: max(1, most // len(train))]
+        xs, ys = [*xs, x[rows]], [*ys, y[rows]]
+    W, b = supervised.fit_logistic(np.concatenate(xs), np.concatenate(ys), C)
     out, found = [], None
     for truth, x, _, boxes in read(test):
         found = np.zeros(truth.shape, np.int64)

@@ -6,6 +6,7 @@ name; `embed_texts` is the same for texts.
 
 Shape letters: G bags, N = 85 nodes or a number of images, C classes, K keywords, d the shared space, S pixels per side.
 """
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -104,6 +105,12 @@ def load_run(run, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
+def called(path):
+    """A name for a file of weights: its own, or its folder's where every model's file is called so."""
+    path = Path(path).resolve()
+    return path.parent.name if path.stem in ("pytorch_model", "model", "open_clip_pytorch_model", "open_clip_model") and path.parent.name else path.stem
+
+
 def load_subject(run=None, clip=None, vit=None, quick_gelu=False, tokenizer=None, size="synthetic", device="cpu"):
     """What the command line names -> Subject: a run folder, "random" (untrained, of a key of model.SIZES), "pixels", a CLIP's file or a ViT's."""
     if clip:
@@ -116,9 +123,9 @@ def load_subject(run=None, clip=None, vit=None, quick_gelu=False, tokenizer=None
             words_ids = text.Tokenizer.from_clip(tokenizer)
         if words_ids.end != words.end:
             raise ValueError(f"{tokenizer} has {words_ids.end + 1:,} ids and the text tower of {clip} {words.end + 1:,}: give the tokenizer it was trained with")
-        return Subject(Towers(vision, words).to(device).eval(), words_ids, Path(clip).stem, extra="-quick-gelu" if quick_gelu else "")
+        return Subject(Towers(vision, words).to(device).eval(), words_ids, called(clip), extra="-quick-gelu" if quick_gelu else "")
     if vit:
-        return Subject(Towers(weights.load_vit(vit)).to(device).eval(), None, Path(vit).stem)
+        return Subject(Towers(weights.load_vit(vit)).to(device).eval(), None, called(vit))
     if run == "pixels":
         return Subject(Pixels().to(device).eval(), None, "pixels")
     if run == "random":
@@ -169,6 +176,18 @@ def reader_of(subject):
     return reader(subject.model, w, subject.k_o)
 
 
+def reader_for(subject, features):
+    """The function from images to features, with keywords only where they are asked for, since fusion costs."""
+    return reader_of(subject) if "text_guided" in features else reader(subject.model)
+
+
+def features_key(subject, features):
+    """What else features depend on: whether they are guided, and then by which keywords."""
+    if "text_guided" not in features:
+        return ("plain",)
+    return "guided", hashlib.sha256(repr((list(subject.keywords), subject.k_o)).encode()).hexdigest()[:6]
+
+
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, at_once=256):
     """list of R texts -> unit vectors [R, d] on the CPU."""
@@ -213,8 +232,24 @@ def embed(model, bags, indices, device="cpu", at_once=8, read=None, folder=None)
 
 
 def spread(n, most):
-    """At most `most` of n bag numbers, evenly spread: every slide gives some."""
+    """At most `most` of n bag numbers, evenly spread, since a slide's bags lie side by side."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist()
+
+
+def open_bags(folder):
+    """Shards with what captions they have: a folder without any can be measured by all that needs none."""
+    return data.BagDataset(folder, captions=all(s.with_suffix(".captions.jsonl").exists() for s in Path(folder).glob("bags-*.tar")))
+
+
+def bags_hash(bags):
+    """Twelve digits of the bags' names and valid nodes."""
+    return hashlib.sha256("\n".join(bags.keys).encode() + bags.valid.numpy().tobytes()).hexdigest()[:12]
+
+
+def stamp(bags):
+    """Of these very shards, for what is kept of them: 12 digits of their names, sizes, times and bags."""
+    files = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in bags.shards]
+    return hashlib.sha256(repr((files, bags_hash(bags))).encode()).hexdigest()[:12]
 
 
 def labels_of(bags, indices, fact):

@@ -77,9 +77,13 @@ def splits(y, groups, split, k=5, seed=0):
     learned from as well), else k folds by group."""
     split = np.asarray(split)
     if (split == "test").any() and (split != "test").any():
-        return [(np.flatnonzero((split == "train") | (split == "val")), np.flatnonzero(split == "test"))]
-    fold = folds(y, groups, k, seed)
-    return [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in range(k) if (fold == f).any() and (fold != f).any()]
+        pairs = [(np.flatnonzero((split == "train") | (split == "val")), np.flatnonzero(split == "test"))]
+    else:
+        fold = folds(y, groups, k, seed)
+        pairs = [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in range(k) if (fold == f).any()]
+    if not all(map(len, pairs[0])):
+        raise ValueError("there is nothing to learn from beside what is to be predicted: give rows of two groups (patients, slides) or more, or a split of train and test")
+    return pairs
 
 
 def cross(method, x, y, C, pairs):
@@ -93,16 +97,19 @@ def cross(method, x, y, C, pairs):
 
 def fit_logistic(x, y, C, iterations=1000):
     """Multinomial logistic regression by L-BFGS: x [R, M], y [R] -> (W [C, M], b [C]), float64. Minimises the summed cross-entropy + lambda / 2 |W|^2 with
-    lambda = 100 / (M C), the published setting [1]: scikit-learn's C = M C / 100. Features as they are: neither scaled nor normalised."""
+    lambda = 100 / (M C), the published setting [1]: scikit-learn's C = M C / 100. Features as they are: neither scaled nor normalised. Of two classes
+    scikit-learn penalises one vector w and not the pair (w / 2, -w / 2) that a softmax has, so there lambda is twice that: the same optimum."""
     x, y = torch.as_tensor(x).double(), torch.as_tensor(y)
     mean = x.mean(0)                                                                   # b is not penalised, so that centred features have the same optimum;
     x = x - mean                                                                       # it is found in far fewer steps
     W, b = torch.zeros(C, x.shape[1], dtype=x.dtype, requires_grad=True), torch.zeros(C, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e-8, tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe")
+    penalty = 100 / (x.shape[1] * C) * (2 if C == 2 else 1)
+    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e-8, tolerance_change=1e-12,
+                                  history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = (F.cross_entropy(x @ W.T + b, y, reduction="sum") + 50 / (x.shape[1] * C) * W.square().sum()) / len(x)
+        loss = (F.cross_entropy(x @ W.T + b, y, reduction="sum") + penalty / 2 * W.square().sum()) / len(x)
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -125,9 +132,10 @@ def prototypes(x0, y0, x1, C):
     """The nearest class mean of centred, normalised features [2, 3] -> probabilities [R1, C], a softmax of minus the squared distance; a class
     without a row gets none."""
     x0, x1 = _centred(x0, x1)
-    means = np.stack([x0[y0 == c].mean(0) if (y0 == c).any() else np.full(x0.shape[1], np.inf) for c in range(C)])
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(-np.square(x1[:, None] - means).sum(-1)).double().softmax(1).numpy()
+    means = np.stack([x0[y0 == c].mean(0) if (y0 == c).any() else np.zeros(x0.shape[1]) for c in range(C)])
+    near = 2 * x1 @ means.T - np.square(means).sum(1)                                  # minus the squared distance, but for |x1|^2, which all classes share
+    near[:, np.bincount(y0, minlength=C) == 0] = -np.inf
+    return torch.from_numpy(near).double().softmax(1).numpy()
 
 
 def nearest(x0, y0, x1, C, k=20):
@@ -322,6 +330,8 @@ def tune(vision, tiles, task, device="cpu", k=5, seed=0, **settings):
             if groups < 2:
                 raise ValueError(f"{task.name} has {groups} group to learn from, and fine-tuning stops by one that it does not learn from: give it more patients")
             val = folds(task.y[train], task.who[train], min(5, groups), seed) == 0
+        if val.all():
+            raise ValueError(f"{task.name} has only validation rows to learn from: fine-tuning learns from rows of split train")
         predict, epoch = fine_tune(vision, tiles, task.y, len(task.classes), train[~val], train[val], device, seed=seed, **settings)
         found = predict(test)                                                          # [R1, C]
         read = found.sum(1) > 0                                                        # not those that could not be

@@ -159,25 +159,25 @@ def slide_truth(bags, feats, fact="diagnosis", table=None):
     return out
 
 
-def of_slides(model, tokenizer, bags, feats, train, names=None, templates=prompts.BUILT_IN_TEMPLATES, truth=None, js=(1, 5, 10, 50, 100)):
+def of_slides(model, tokenizer, bags, feats, train, names=None, templates=prompts.BUILT_IN_TEMPLATES, truth=None, patients=None, js=(1, 5, 10, 50, 100)):
     """MI-Zero over the bags of labelled slides, per magnification and for their centred sum, for every j. names: {class: tuple of names} (diagnosis
-    of the built-in world); truth: {slide: class} -> dict mag -> j -> `scores`."""
+    of the built-in world); truth: {slide: class}; patients: {slide: patient}, whom intervals are over -> dict mag -> j -> `scores`."""
     names, truth = names or prompts.BUILT_IN["diagnosis"], truth or slide_truth(bags, feats)
     W = class_weights(model, tokenizer, names.values(), templates=templates)
     slides = {s: gs for s, gs in by_slide(bags, feats).items() if s in truth}
     centre, number = centres(train, W), {c: i for i, c in enumerate(names)}
     found = [pooled_levels(feats["v"][gs].numpy(), feats["valid"][gs].numpy(), W.numpy(), centre, js) for gs in slides.values()]
-    y, out = np.array([number[truth[s]] for s in slides]), {}
+    y, who, out = np.array([number[truth[s]] for s in slides]), np.array([(patients or {}).get(s, s) for s in slides]), {}
     for mag in ALL_MAGS:
         there = np.array([mag in f for f in found], bool)
         for j in js if there.any() else ():
             p = np.stack([f[mag][j] for f in found if mag in f])
-            out.setdefault(mag, {})[j] = scores(y[there], p.argmax(1), len(names), np.array(list(slides))[there])
+            out.setdefault(mag, {})[j] = scores(y[there], p.argmax(1), len(names), who[there])
     return out
 
 
 def read_slide(model, path, device, mpp=None, fov_px=None, min_tissue=0.1, min_node=0.1):
-    """A slide file -> (parents [(x, y, side)], features as `embed` gives them, mpp): every 5x parent with tissue, fov_px pixels of its magnification
+    """A slide file -> (parents [(x, y, side)], features as `embed` gives them): every 5x parent with tissue, fov_px pixels of its magnification
     a patch (default: the side the tower reads)."""
     read, S = reader(model), model.vision.size
     with data.Slide(path, mpp) as slide:
@@ -250,8 +250,8 @@ def matcher(model, tokenizer, images, captions, at_once=64):
 
 def recall_both(v, t, hit, match=None, top=0, scale=1.0):
     """Image -> text and text -> image: v, t [R, d] numpy, hit bool [R, R] -> {"image_to_text_R@1" ...: share, "mean": of all six}. With `match` the
-    best `top` are ordered anew by the sum of both log-odds, ITC's (scale times the cosine) and ITM's, as in BLIP: an ITM that has learned
-    nothing then changes nothing, where ITM alone, as in ALBEF, would put them in any order."""
+    best `top` are ordered anew by the sum of both log-odds, ITC's (scale times the cosine) and ITM's: an ITM that has learned nothing then changes
+    nothing, where ITM alone, as in ALBEF, would put them in any order. (BLIP adds the plain cosine to ITM's logit.)"""
     row = {}
     for name, sim, right, pairs in (("image_to_text", v @ t.T, hit, lambda q, best: (np.full(len(best), q), best)),
                                     ("text_to_image", t @ v.T, hit.T, lambda q, best: (best, np.full(len(best), q)))):

@@ -44,7 +44,9 @@ def test_a_table_in_the_words_of_its_makers(tmp_path):
     assert datasets.read_pictures(table).hash != before[0]
     with pytest.raises(ValueError, match="no column slide: it has file, label"):
         datasets.read_pictures(table, group="slide")
-    for text, message in (("file,label\nw.png,HP\n", "annotations.csv:2: .*w.png does not exist"), ("file,label\nx.png,\n", "annotations.csv:2 has no label"),
+    for text, message in (("file,label\nw.png,HP\n", "annotations.csv:2: .*w.png does not exist"), ("file,label\nx.png,\n", "annotations.csv:2 has no label"), ("file,caption\nx.png,a\ny.png,\n", "annotations.csv:3 has no caption"),
+                          ("file,split\nx.png,training set\n", "annotations.csv:2: split training set is none of train, val, test"), ("file,label\n", "no rows"),
+                          ("file,label\nx.png,HP\ny.png,hp\n", "label HP in two ways"),
                           ("a,b\n1,2\n", "no column of files.*found a, b"), ("", "found nothing")):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):

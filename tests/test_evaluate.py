@@ -119,6 +119,8 @@ def test_the_probe_is_scikit_learns():
     y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0.3)
     golden = [[0.11600583349695791, 0.7701080788410448, 0.11388608766199727], [0.34050255211751634, 0.5975013894460959, 0.061996058436387794], [0.06831201076195036, 0.800961855039022, 0.13072613419902765]]
     assert np.allclose(supervised.logistic(x, y, x[:3], 3), golden, atol=1e-6)
+    two = [[0.4453054370500382, 0.5546945629499618], [0.721041632339881, 0.27895836766011906], [0.3375779820363065, 0.6624220179636935]]
+    assert np.allclose(supervised.logistic(x, np.minimum(x[:, 0] > 0, 1).astype(int), x[:3], 2), two, atol=1e-6)         # its two classes share one vector
     assert np.allclose(supervised.logistic(x + 50, y, x[:3] + 50, 3), golden, atol=1e-5)         # far from the origin it is as hard to find, and the same
 
 
@@ -137,6 +139,9 @@ def test_no_group_is_on_both_sides_of_a_split_and_every_row_is_predicted_once():
     assert all(not set(groups[a]) & set(groups[b]) for a, b in pairs) and sorted(np.concatenate([b for _, b in pairs])) == list(range(200))
     own = supervised.splits(y, groups, ["train", "val", "test", ""] * 50)
     assert len(own) == 1 and set(own[0][1] % 4) == {2} and set(own[0][0] % 4) == {0, 1}
+    for who, split in ((np.zeros(200, int), [""] * 200), (groups, ["test"] * 199 + [""])):       # one group; one row, that belongs nowhere
+        with pytest.raises(ValueError, match="nothing to learn from"):
+            supervised.splits(y, who, split)
     leaky = np.eye(30)[groups]                                                         # features that say who, and labels that depend on who
     y = groups % 2
     task = supervised.Task("t", {"backbone": leaky}, y, ["a", "b"], groups, [""] * 200)
@@ -253,13 +258,22 @@ def test_pictures_through_every_protocol_and_a_broken_one_is_counted(run, patche
     said = capsys.readouterr()
     assert "0.png cannot be read" in said.out + said.err and "1 of 24 pictures could not be read" in said.out
     command(monkeypatch, "zeroshot", run, "--data", table, "--out", out / "levels", "--levels", "--mpp", "0.5")
-    command(monkeypatch, "finetune", "random", "--data", table, "--out", out, "--folds", "2", "--epochs", "1")
+    command(monkeypatch, "finetune", run, "--data", table, "--out", out, "--folds", "2", "--epochs", "1")
     r = json.loads((out / "results.json").read_text())
     assert r["zeroshot"]["ensemble"]["all"]["n"] == 23 and r["about"]["zeroshot"]["left_out"] == 1 and r["zeroshot"]["ensemble"]["all"]["groups"] == 6
     assert {row["method"] for row in r["probe"]} == {"probe", "prototypes", "knn20"} and r["about"]["probe"]["groups"] == "patient" and "100 / (M C)" in r["about"]["probe"]["regularisation"]
     assert r["retrieval"]["all"]["n"] == 23 and "reranked" in r["retrieval"]["all"] and r["finetune"][0]["n"] == 23
     levels = json.loads((out / "levels/results.json").read_text())
     assert set(levels["zeroshot"]["single"]) == {"5x", "10x", "20x", "40x", "merged"} and levels["about"]["zeroshot"]["enlarged"] == "40x"
+
+
+def test_classes_that_nobody_has_are_candidates_and_numbers_need_names(run, patches, tmp_path, monkeypatch):
+    names = {"lung_n": "lung", "lung_aca": "gland", "lung_scc": "squame", "ghost": "tissue"}
+    (tmp_path / "four.json").write_text(json.dumps(names))
+    command(monkeypatch, "zeroshot", run, "--data", patches / "index.csv", "--classes", tmp_path / "four.json", "--out", tmp_path)
+    assert set(json.loads((tmp_path / "results.json").read_text())["about"]["zeroshot"]["prompts"]["classes"]) == set(names)
+    with pytest.raises(ValueError, match="the labels 0 1 are numbers"):
+        prompts.find(None, {"0", "1"})
 
 
 def test_two_processes_measure_what_one_does(run, patches, tmp_path, monkeypatch):
@@ -319,21 +333,37 @@ def test_a_slide_goes_in_heatmap_and_outlines_come_out(run, world, tmp_path, mon
     assert Image.open(tmp_path / "map.png").size[0] > 900 and json.loads((tmp_path / "map.geojson").read_text())["features"]
 
 
-def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch):
-    """The built-in world without its truth: a lab's shards, with a table of slides and patients."""
+def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch, capsys):
+    """The built-in world without its truth and captions: shards as a lab has just tiled them, with a table of slides and patients."""
     folder = tmp_path / "bags"
     folder.mkdir()
     for f in (world / "train").iterdir():
-        if "truth" not in f.name:
+        if "truth" not in f.name and "captions" not in f.name:
             (folder / f.name).write_bytes(f.read_bytes())
-    slides = sorted(set(data.BagDataset(folder).slides))
+    slides = sorted(set(data.BagDataset(folder, captions=False).slides))
     (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(f"{s},{'ab'[i % 2]},p{i // 2}\n" for i, s in enumerate(slides)))
     (tmp_path / "names.json").write_text('{"a": ["papillary carcinoma"], "b": "signet ring carcinoma"}')
     with pytest.raises(ValueError, match="slide compares with: give --labels CSV"):
         command(monkeypatch, "slide", run, "--data", folder, "--out", tmp_path / "out", "--bags", "12")
     command(monkeypatch, "slide", run, "--data", folder, "--labels", tmp_path / "labels.csv", "--classes", tmp_path / "names.json", "--out", tmp_path / "out", "--bags", "12", "--folds", "3")
     r = json.loads((tmp_path / "out/results.json").read_text())
-    assert r["slide"]["20x"]["1"]["n"] == len(slides) and r["mil"]["20x"]["groups"] == len(slides) // 2
+    assert r["slide"]["20x"]["1"]["n"] == len(slides) and r["slide"]["20x"]["1"]["groups"] == r["mil"]["20x"]["groups"] == len(slides) // 2
+    with pytest.raises(ValueError, match="neither captions, nor slides"):
+        command(monkeypatch, "retrieval", run, "--data", folder, "--out", tmp_path / "out", "--bags", "4")
+    (tmp_path / "other.csv").write_text("slide,label\nother,a\n")
+    with pytest.raises(ValueError, match="other.csv names none of the slides"):
+        command(monkeypatch, "slide", run, "--data", folder, "--labels", tmp_path / "other.csv", "--classes", tmp_path / "names.json", "--out", tmp_path / "out")
+    for name in ("train", "test"):                                                     # the same slides on both sides, and labels by lot
+        (tmp_path / "both" / name).mkdir(parents=True)
+        for f in folder.glob("*.tar"):
+            (tmp_path / "both" / name / f.name).write_bytes(f.read_bytes())
+    command(monkeypatch, "slide", "pixels", "--data", tmp_path / "both", "--labels", tmp_path / "labels.csv", "--out", tmp_path / "leak", "--folds", "3")
+    assert "slides are in both" in json.loads((tmp_path / "leak/results.json").read_text())["about"]["mil"]["split"] and f"{len(slides)} slides are in" in capsys.readouterr().out
+    before = {f.parent for f in (tmp_path / "leak/features").rglob("*.npz")}
+    for f in (tmp_path / "both/test").glob("*.tar"):
+        os.utime(f, (1, 1))
+    command(monkeypatch, "slide", "pixels", "--data", tmp_path / "both", "--labels", tmp_path / "labels.csv", "--out", tmp_path / "leak", "--folds", "3")
+    assert {f.parent for f in (tmp_path / "leak/features").rglob("*.npz")} > before    # tiled anew: not read from what was kept
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -345,6 +375,8 @@ def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch):
     (["slide", "{run}", "{tmp}/none.svs"], "need --classes"), (["slide", "{run}", "--data", "{patches}"], "shards or slide files"), (["heatmap", "{run}", "x.svs"], "needs a slide and at least one text"),
     (["probe", "{run}", "--features", "frozen"], "none of backbone, projected"), (["probe", "random", "--data", "{patches}", "--features", "text_guided"], "no keywords.json"),
     (["finetune", "pixels", "--data", "{patches}"], "nothing to fine-tune"), (["finetune", "{run}", "--level", "7x"], "none of 5x"), (["probe", "--clip", "{tmp}/c.bin"], "needs --tokenizer"),
+    (["zeroshot", "{run}", "--data", "{patches}", "--levels", "--mpp", "3"], "below 5x"), (["probe", "{run}", "--group", "x"], "--group is for pictures"),
+    (["probe", "{run}", "--train", "{patches}"], "holds no shards"), (["heatmap", "{run}", "x.svs", "fat", "--out", "x.geojson"], "is no NAME.png"), (["probe", "pixels", "--data", "{patches}/lung_n"], "holds no pictures"),
     (["report", "{run}", "--folds", "1"], "--folds 1 is too few"), (["report", "{run}", "--data", "{patches}/index.csv", "--group", "ward"], "no column ward")])
 def test_bad_input_is_one_sentence(argv, message, run, patches, tmp_path, monkeypatch):
     before = sorted(run.rglob("*"))

@@ -26,6 +26,7 @@ def test_what_is_not_defined_is_nan_and_nothing_is_refused():
     alone = metrics.scores([1, 1], [1, 1], 3, groups=["a", "b"], probability=np.full((2, 3), 1 / 3))
     assert np.isnan(alone["auroc"]) and np.isnan(alone["kappa"]) and np.isnan(alone["interval"]["auroc"]).all() and alone["f1"] == 1
     assert np.isnan(metrics.dice(np.diag([3, 0]))[1])
+    assert np.isnan(metrics.scores([0, 1], [0, 1], 2, groups=["a", "a"])["interval"]["f1"]).all()           # one patient tells nothing of others
     with pytest.raises(ValueError, match="nothing to measure"):
         metrics.scores([], [], 2)
 
