@@ -250,19 +250,19 @@ def measure_pictures(subject, pics, out, device, args, wanted):
         return
     if set(wanted) - {"finetune"}:
         ok = found.pop("ok")
-        if not (ok & test if test.any() else ok).any():
+        use = ok & test if test.any() else ok                                          # the rows that need no learning are measured on
+        if not use.any():
             raise ValueError(f"none of the {len(ok)} pictures of {pics.name} could be read, see above")
         if not ok.all():
             print(f"{(~ok).sum()} of {len(ok)} pictures could not be read and are left out")
             said["left_out"] = int((~ok).sum())
         keep_rows = lambda rows: supervised.Task(task.name, {n: x[rows] for n, x in found.items()}, task.y[rows], order,
                                                  None if groups is None else groups[rows], task.split[rows])
-        measured, rest = keep_rows(ok & test if test.any() else ok), keep_rows(ok & ~test)
         which = "test rows" if test.any() else "all rows"
     if "zeroshot" in wanted:
-        numbers = pics.targets(list(named))                                            # all classes that are named are candidates, also those that nobody has
-        measured_ = supervised.Task(task.name, measured.x, numbers[ok & test if test.any() else ok], list(named), measured.groups)
-        pictures_zeroshot(subject, measured_, rest, out, args, said | dict(split=which, prompts=dict(classes=named, templates=templates)))
+        measured = keep_rows(use)                                                      # all classes that are named are candidates, also those that nobody has
+        measured.y, measured.classes = pics.targets(list(named))[use], list(named)
+        pictures_zeroshot(subject, measured, keep_rows(ok & ~test), out, args, said | dict(split=which, prompts=dict(classes=named, templates=templates)))
     if "probe" in wanted:
         everything = keep_rows(ok)
         pictures.projection(everything.x[args.features[0]], everything.y, order, Path(out) / "projection.png", f"{subject.name}, {args.features[0]}")
@@ -272,10 +272,10 @@ def measure_pictures(subject, pics, out, device, args, wanted):
         row = supervised.tune(subject.model.vision, datasets.Tiles(pics.files, S), task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
         keep(out, said | dict(split=split + "; a fifth of the training groups for early stopping"), {"finetune": [row]})
     if "retrieval" in wanted:
-        rows = np.flatnonzero(ok & test if test.any() else ok)
+        rows = np.flatnonzero(use)
         captions = [pics.captions[i] for i in rows]
         same = np.unique(captions, return_inverse=True)[1]
-        hit, v, t = same[:, None] == same[None, :], measured.x["projected"], embed_texts(subject.model, subject.tokenizer, captions).numpy()
+        hit, v, t = same[:, None] == same[None, :], found["projected"][rows], embed_texts(subject.model, subject.tokenizer, captions).numpy()
         result = {"n": len(rows), **zeroshot.recall_both(v, t, hit)}
         if args.top and hasattr(subject.model, "fusion") and len(rows) > 3000:
             print(f"{len(rows)} pictures are too many to keep for image-text matching: nothing is re-ranked")
