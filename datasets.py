@@ -203,8 +203,6 @@ def in_pieces(n, work, folder=None, size=256, desc="features"):
     """Rows 0 .. n - 1 through work(list of rows) -> dict of arrays [rows, ...], `size` rows at a time; the pieces are dealt to the processes and kept in
     `folder`, so that the same call goes on where it stopped. -> the dict of all rows for the first process, None for the others."""
     pieces, world, rank = [list(range(i, min(i + size, n))) for i in range(0, n, size)], networks.world_size(), networks.rank()
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for k in tqdm(range(rank, len(pieces), world), desc=desc, unit="piece", leave=False, disable=None if rank == 0 else True):
         path = folder and folder / f"{k:06d}.npz"

@@ -64,6 +64,12 @@ def shards_in(path):
     return (path / "test", path / "train" if has(path / "train") else None) if has(path / "test") else (path, None) if has(path) else None
 
 
+def split_names(shared, train):
+    """What test and training shards are for what learns from labels: a split of their own, or ("", "") folds by slide, where there are no training
+    shards or some slides are `shared` by both."""
+    return ("test", "train") if train and not shared else ("", "")
+
+
 def report(run, test, train, device="cpu"):
     """What train.py ends with: on the run's own shards all that takes seconds. The rest is `evaluate.py report RUN`."""
     args = arguments(["report", str(run), "--top", "0"])
@@ -82,7 +88,7 @@ def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
     def embedded(which, count):
         key = (subject.fingerprint, stamp(which), count, *features_key(subject, args.features))
         return embed(subject.model, which, spread(len(which), count), device, read=read, folder=Path(out) / "features" / "-".join(map(str, key)) if cached else None)
-    feats, base, gallery = embedded(bags, most), None, None
+    feats, base, gallery, shared = embedded(bags, most), None, None, set()
     if train:
         base = embedded(train_bags, max(1, most // 2))
         shared = set(bags.slides) & set(train_bags.slides)                             # only then are test bags held-out parents of training slides
@@ -91,7 +97,7 @@ def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
     if feats is None:
         return None
     split = f"{len(base['index'])} training bags of {train}" if train else f"no training bags: centred on the test bags, {args.folds} folds by slide"
-    if train and shared:                                                               # labels are not learned on the slides that they are measured on
+    if shared:                                                                         # labels are not learned on the slides that they are measured on
         split += f"; {len(shared)} slides are in both, so what learns from labels is measured in {args.folds} folds by slide"
         print(f"{len(shared)} slides are in {test} and in {train}: probes and MIL are measured in folds by slide")
     known, (labels, patients) = labelled(bags, feats), datasets.read_labels(args.labels) if args.labels else (None, None)
@@ -101,9 +107,10 @@ def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
             raise ValueError(f"{args.labels} names none of the slides of {test}, the first of which is {bags.slides[0]}: write their names as they are there")
         names, templates = prompts.find(args.classes, set(labels.values())) if subject.tokenizer else ({c: () for c in sorted(set(labels.values()))}, ())
     truth = zeroshot.slide_truth(bags, feats, table=labels) if known or labels else {}
-    return SimpleNamespace(bags=bags, feats=feats, train_bags=train_bags, base=base or feats, gallery=gallery, shared=bool(train and shared), known=known,
-                           labels=labels, patients=patients, names=names, templates=templates, truth=truth,
-                           about=about(subject, test, bags_hash(bags), split=f"{len(feats['index'])} test bags, {split}"), prompts=dict(classes=names if labels else prompts.BUILT_IN, templates=templates))
+    return SimpleNamespace(bags=bags, feats=feats, train_bags=train_bags, base=base or feats, gallery=gallery, shared=shared, splits=split_names(shared, train),
+                           known=known, labels=labels, patients=patients, names=names, templates=templates, truth=truth,
+                           about=about(subject, test, bags_hash(bags), split=f"{len(feats['index'])} test bags, {split}"),
+                           prompts=dict(classes=names if labels else prompts.BUILT_IN, templates=templates))
 
 
 def measure_shards(subject, test, train, out, device, args, wanted, mil=True, cached=True):
@@ -123,23 +130,25 @@ def measure_shards(subject, test, train, out, device, args, wanted, mil=True, ca
             images = {} if asked or not s.known else built_in_heatmap(subject, s, test, out, device)
             keep(out, s.about | dict(prompts=s.prompts), {"slide": found}, images)
         if mil:
-            own = train and not s.shared
-            parts = [(s.bags, s.feats, s.truth, "test" if own else "")]
+            parts = [(s.bags, s.feats, s.truth, s.splits[0])]
             if train:
-                parts.append((s.train_bags, s.gallery, zeroshot.slide_truth(s.train_bags, s.gallery, table=s.labels), "train" if own else ""))
-                if own and s.patients and (both := {s.patients.get(x) for x in s.truth} & {s.patients.get(x) for x in parts[1][2]} - {None}):
+                parts.append((s.train_bags, s.gallery, zeroshot.slide_truth(s.train_bags, s.gallery, table=s.labels), s.splits[1]))
+                if not s.shared and s.patients and (both := {s.patients.get(x) for x in s.truth} & {s.patients.get(x) for x in parts[1][2]} - {None}):
                     print(f"{len(both)} patients have slides in both {test} and {train}: the numbers of MIL will flatter")
             keep(out, s.about, {"mil": supervised.mil_of_bags(parts, list(s.names), s.patients, k=args.folds)})
     if "probe" in wanted and s.known:
-        own = train and not s.shared
-        parts = [(s.bags, s.feats, "test" if own else "")] + [(s.train_bags, s.base, "train" if own else "")] * bool(train)
+        parts = [(s.bags, s.feats, s.splits[0])] + [(s.train_bags, s.base, s.splits[1])] * bool(train)
         tasks = list(supervised.tasks_of_bags(parts, seed=args.seed))
         shown = next((t for t in tasks if t.name == "cytology 40x"), tasks[0])
         pictures.projection(shown.x[args.features[0]], shown.y, shown.classes, out / "projection.png", f"{shown.name}, {args.features[0]}")
         found = supervised.probe(tasks, args.features, args.folds, args.seed)
         keep(out, s.about | dict(regularisation="100 / (M C)"), found, {"projection.png": "Two first principal components of patches' features, coloured by class."})
-    if "retrieval" in wanted and (asked or s.known or s.shared or s.truth or any(s.bags.captions(s.feats["index"][0]))):
-        shards_retrieval(subject, s, out, args.top)
+    if "retrieval" in wanted:
+        found, images = shards_retrieval(subject, s, out, args.top)
+        if found:
+            keep(out, s.about, found, images)
+        elif asked:
+            raise ValueError(f"{test} has neither captions, nor slides with training parents, nor labels of slides: retrieval has nothing to ask for")
     print(f"\nwrote {out}/results.json, report.html and pictures")
 
 
@@ -160,7 +169,8 @@ def shards_zeroshot(subject, s, out):
 
 
 def shards_retrieval(subject, s, out, top):
-    """Image and caption, held-out parent and slide, patch and slides of its diagnosis: whichever the data allow; and a sheet to look at."""
+    """Image and caption, held-out parent and slide, patch and slides of its diagnosis: whichever the data allow; and a sheet to look at
+    -> (results, {picture: caption})."""
     found, images = {}, {}
     captions = sorted({c for i in s.feats["index"] for c in s.bags.captions(i) if c})
     if subject.tokenizer and captions:
@@ -168,16 +178,13 @@ def shards_retrieval(subject, s, out, top):
         queries = captions[:: max(1, len(captions) // 9)][:9]
         if s.known:
             queries = [c[0] for fact in ("architecture", "cytology") for c in prompts.BUILT_IN[fact].values()]
-        if queries:
-            pictures.retrieval_sheet(s.bags, s.feats, queries, embed_texts(subject.model, subject.tokenizer, queries), out / "retrieval.png")
-            images["retrieval.png"] = "Query texts and the patches closest to them, each from another slide, one row per magnification."
+        pictures.retrieval_sheet(s.bags, s.feats, queries, embed_texts(subject.model, subject.tokenizer, queries), out / "retrieval.png")
+        images["retrieval.png"] = "Query texts and the patches closest to them, each from another slide, one row per magnification."
     if s.shared:
         found["slide_retrieval"] = zeroshot.slide_retrieval(s.bags, s.feats, s.train_bags, s.gallery)
     if s.truth and (rows := zeroshot.diagnosis_retrieval(s.bags, s.feats, s.truth)):  # none where each slide has a class of its own
         found["diagnosis_retrieval"] = rows
-    if not found:
-        raise ValueError(f"{s.bags.folder} has neither captions, nor slides with training parents, nor labels of slides: retrieval has nothing to ask for")
-    keep(out, s.about, found, images)
+    return found, images
 
 
 def built_in_heatmap(subject, s, test, out, device):
@@ -196,8 +203,8 @@ def built_in_heatmap(subject, s, test, out, device):
 def tune_shards(subject, test, train, out, device, args, most=1500):
     """Full fine-tuning on the patches of one fact and magnification of shards, at most `most` of the test and of the training slides."""
     sets = [open_bags(folder) for folder in (test, train) if folder]
-    own = len(sets) == 2 and not set(sets[0].slides) & set(sets[1].slides)
-    parts = [(bags, {"valid": bags.valid, "index": list(range(len(bags)))}, split) for bags, split in zip(sets, ("test", "train") if own else ("", ""))]
+    names = split_names(set(sets[0].slides) & set(sets[-1].slides), train)
+    parts = [(bags, {"valid": bags.valid, "index": list(range(len(bags)))}, name) for bags, name in zip(sets, names)]
     task = next(supervised.tasks_of_bags(parts, (args.fact,), (args.level,), most, args.seed), None)
     if task is None:
         raise ValueError(f"{test} has no truth of {args.fact} at {args.level}: finetune needs labels")
@@ -212,7 +219,7 @@ def tune_shards(subject, test, train, out, device, args, most=1500):
             patches[row, 0] = (fit(nodes[n], S) * 255).round().to(torch.uint8)
     tiles = [(x, None) for x in patches]
     row = supervised.tune(subject.model.vision, tiles, task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
-    split = f"at most {most} patches of each folder, " + ("the source's own" if own else f"{args.folds} folds by slide") + "; a fifth of the training slides for early stopping"
+    split = f"at most {most} patches of each folder, " + ("the source's own" if names[0] else f"{args.folds} folds by slide") + "; a fifth of the training slides for early stopping"
     keep(out, about(subject, test, bags_hash(sets[0]), split=split), {"finetune": [row]})
     print(f"\nwrote {out}/results.json and report.html")
 
@@ -273,16 +280,12 @@ def measure_pictures(subject, pics, out, device, args, wanted):
         keep(out, said | dict(split=split + "; a fifth of the training groups for early stopping"), {"finetune": [row]})
     if "retrieval" in wanted:
         rows = np.flatnonzero(use)
-        captions = [pics.captions[i] for i in rows]
-        same = np.unique(captions, return_inverse=True)[1]
-        hit, v, t = same[:, None] == same[None, :], found["projected"][rows], embed_texts(subject.model, subject.tokenizer, captions).numpy()
-        result = {"n": len(rows), **zeroshot.recall_both(v, t, hit)}
-        if args.top and hasattr(subject.model, "fusion") and len(rows) > 3000:
+        top = args.top if hasattr(subject.model, "fusion") else 0
+        if top and len(rows) > 3000:
             print(f"{len(rows)} pictures are too many to keep for image-text matching: nothing is re-ranked")
-        elif args.top and hasattr(subject.model, "fusion"):
-            images = torch.stack([networks.read_picture(pics.files[i], S) for i in rows])
-            match, scale = zeroshot.matcher(subject.model, subject.tokenizer, images, captions), float(subject.model.itc_scale.detach().exp())
-            result["reranked"] = zeroshot.recall_both(v, t, hit, match, args.top, scale)
+            top = 0
+        images = lambda: torch.stack([networks.read_picture(pics.files[i], S) for i in rows])
+        result = zeroshot.of_captions(subject.model, subject.tokenizer, found["projected"][rows], [pics.captions[i] for i in rows], images, top)
         keep(out, said | dict(split=which), {"retrieval": {"all": result}})
     print(f"\nwrote {out}/results.json, report.html and pictures")
 
@@ -358,7 +361,7 @@ def measure_masks(subject, pics, out, device, args):
     names, templates = prompts.find(args.classes, ())
     vision, C, both, split = subject.model.vision, len(names), list(zip(pics.files, pics.masks)), np.array(pics.split)
     test, rows, maps, parts = np.flatnonzero(split == "test") if (split == "test").any() else np.arange(len(both)), {}, {}, []
-    segment.read_masks(both, C, args.mpp)                                              # a wrong one is told of now and not after hours
+    segment.check_masks(both, C, args.mpp)                                              # a wrong one is told of now and not after hours
     groups = None if pics.groups is None else np.array(pics.groups)
     if subject.tokenizer:
         W, read = class_weights(subject.model, subject.tokenizer, names.values(), templates=templates), reader(subject.model)

@@ -79,9 +79,9 @@ def label_map(levels, size, shape, band=256):
 
 
 def zeroshot(encode, W, pairs, S, device, mpp=None, mags=data.MAGS):
-    """Zero-shot segmentation of pairs [(picture, mask path)] -> {"5x" ...: {"m": confusion of pixels per picture [pictures, C, C]}, "merged": ...}
+    """Zero-shot segmentation of pairs [(picture, mask path)] -> {"5x" ..., "merged": confusion of pixels per picture [pictures, C, C]}
     and the last picture's label maps. Merged: at each magnification the mean score of each class over all pictures is taken off, and the rest added
-    (as evaluate.py merges)."""
+    (as zeroshot.py merges)."""
     C, found = len(W), []
     for path, mask in pairs:
         with data.Slide(path, mpp) as slide:
@@ -98,8 +98,9 @@ def zeroshot(encode, W, pairs, S, device, mpp=None, mags=data.MAGS):
     return {name: np.stack(m) for name, m in out.items() if m}, maps
 
 
-def read_masks(pairs, C, mpp=None):
-    """The masks of pairs [(picture, mask path)], each checked against its picture: it may be smaller, but not of another shape. ValueError names it."""
+def check_masks(pairs, C, mpp=None):
+    """Look through the masks of pairs [(picture, mask path)] before hours are spent: each may be smaller than its picture, but not of another shape.
+    ValueError names it."""
     for path, mask in pairs:
         truth = read_mask(mask, C)
         with data.Slide(path, mpp) as slide:

@@ -6,7 +6,7 @@ Outline: zero-shot and the merging of magnifications | slides (MI-Zero), heatmap
 Shape letters: G bags, N = 85 nodes, C classes, d the shared space, R rows of a task, P parents of a slide, J patches.
 
 References: [1] MR-PLIP, CVPR 2025, section 4.  [2] Lu et al. 2023, MI-Zero (top-j pooling).  [3] Lu et al. 2024, CONCH (prompt ensembles).  [4] Li et
-al. 2021, ALBEF (re-ranking; its sum with ITC: Li et al. 2022, BLIP).
+al. 2021, ALBEF (re-ranking).
 """
 from pathlib import Path
 
@@ -261,6 +261,17 @@ def recall_both(v, t, hit, match=None, top=0, scale=1.0):
     return row | {"mean": float(np.mean(list(row.values())))}
 
 
+def of_captions(model, tokenizer, v, captions, images, top=0):
+    """Retrieval among R pictures, image features v [R, d] numpy, and their captions; one that several share is a hit for each of them. images:
+    function without arguments -> [R, 3, S, S], called only where the best `top` are re-ranked. -> row of `recall_both`, with n and "reranked" in it."""
+    t, same = embed_texts(model, tokenizer, captions).numpy(), np.unique(captions, return_inverse=True)[1]
+    hit = same[:, None] == same[None, :]                                               # [R, R]
+    row = {"n": len(v), **recall_both(v, t, hit)}
+    if top:
+        row["reranked"] = recall_both(v, t, hit, matcher(model, tokenizer, images(), captions), top, float(model.itc_scale.detach().exp()))
+    return row
+
+
 def retrieval(model, tokenizer, bags, feats, most=300, seed=0, top=0):
     """Image -> caption and caption -> image among at most `most` patches of one magnification, recall at 1, 5, 10 in each
     direction and their mean. A caption that several patches share is a hit for each of them. top: how many candidates image-text matching
@@ -271,15 +282,8 @@ def retrieval(model, tokenizer, bags, feats, most=300, seed=0, top=0):
         if len(spots) < 2:
             continue
         spots = [spots[k] for k in rng.permutation(len(spots))[:most]]
-        captions = [texts[g][n] for g, n in spots]
-        v, t = np.stack([feats["v"][g, n].numpy() for g, n in spots]), embed_texts(model, tokenizer, captions).numpy()      # [R, d]
-        same = np.unique(captions, return_inverse=True)[1]
-        hit = same[:, None] == same[None, :]                                           # [R, R]
-        out[mag] = {"n": len(spots), **recall_both(v, t, hit)}
-        if top:
-            patches = torch.stack([data.pyramid(bags[feats["index"][g]]["image"][None])[0, n] for g, n in spots])
-            match = matcher(model, tokenizer, fit(patches, model.vision.size), captions)
-            out[mag]["reranked"] = recall_both(v, t, hit, match, top, float(model.itc_scale.detach().exp()))
+        patches = lambda: fit(torch.stack([data.pyramid(bags[feats["index"][g]]["image"][None])[0, n] for g, n in spots]), model.vision.size)
+        out[mag] = of_captions(model, tokenizer, np.stack([feats["v"][g, n].numpy() for g, n in spots]), [texts[g][n] for g, n in spots], patches, top)
     return out
 
 

@@ -82,7 +82,7 @@ def test_masks_that_are_none(tmp_path):
     Image.fromarray(np.zeros((40, 80), np.uint8)).save(tmp_path / "m.png")
     Image.new("RGB", (90, 120)).save(tmp_path / "p.png")
     with pytest.raises(ValueError, match="m.png is 80 x 40 and its picture .*p.png 90 x 120 pixels"):
-        segment.read_masks([(tmp_path / "p.png", tmp_path / "m.png")], 3, 0.5)
+        segment.check_masks([(tmp_path / "p.png", tmp_path / "m.png")], 3, 0.5)
     (tmp_path / "m.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="m.png cannot be read as a mask"):
         segment.read_mask(tmp_path / "m.png", 3)
