@@ -58,6 +58,7 @@ class Batches(Dataset):
         self.bags, self.tokenizer, self.cfg, self.context, self.rank, self.world, self.features = bags, tokenizer, cfg, context, rank, world, features
         self.local = cfg.bags // (cfg.accumulate * world)
         self.corpus, self.textual_bag = corpus or text.count_corpus(bags.folder), {}   # bag index -> its keywords, 4,096 at most
+        self.kept, self.room = {}, cfg.ram * 1e9                                       # bag index -> its pixels, and the bytes left for more
 
     def __getitem__(self, i):
         cfg, B, G, step = self.cfg, self.local, self.local * self.world, i // self.cfg.accumulate
@@ -78,15 +79,28 @@ class Batches(Dataset):
             batch["turns"] = torch.randint(0, 8, (G,), generator=g)[mine]
         if cfg.jitter:
             batch["stain"] = torch.rand(G, 2, 3, generator=g)[mine]
-        window = torch.empty(B, 0)
+        window = [None] * B
         if cfg.scale_jitter:
             side = 1 - cfg.scale_jitter * torch.rand(G, 1, generator=g)
-            window = torch.cat([side, (1 - side) * torch.rand(G, 2, generator=g)], 1)[mine]              # [B, 3]
-        images = [self.bags[j]["image"][None] for j in index]
+            window = torch.cat([side, (1 - side) * torch.rand(G, 2, generator=g)], 1)[mine].split(1)     # B of [1, 3]
+        pixels = [self._pixels(j) for j in index]
         if cfg.device == "cuda":
-            return batch | {"pixels": torch.cat(images), "window": window}             # [B, 3, 8S, 8S]
-        # on a CPU each image is cut while it is still in the cache
-        return batch | {"pixels": torch.cat([cut(*one) for one in zip(images, nodes[:, None], window[:, None])])}      # [B, N, 3, S, S]
+            return batch | {"pixels": torch.cat(pixels)} | ({"window": torch.cat(window)} if cfg.scale_jitter else {})    # [B, 3, 8S, 8S], [B, 3]
+        # on a CPU each bag is cut while it is in the cache
+        return batch | {"pixels": torch.cat([cut(*one) for one in zip(pixels, nodes.split(1), window)])}                  # [B, N, 3, S, S]
+
+    def _pixels(self, i):
+        """Bag number i, uint8 [1, 3, 8S, 8S], or where this process will cut it as it is, its magnifications (data.levels). What was read once
+        stays in memory, as far as `ram` reaches: decoding a bag and summing its levels takes a CPU longer than all else a batch needs."""
+        if i in self.kept:
+            return self.kept[i]
+        found = self.bags[i]["image"][None]
+        if not (self.cfg.device == "cuda" or self.cfg.scale_jitter):
+            found = data.levels(found)
+        size = sum(x.nbytes for x in found)
+        if size <= self.room:
+            self.kept[i], self.room = found, self.room - size
+        return found
 
     def __len__(self):
         return self.cfg.steps * self.cfg.accumulate
@@ -149,16 +163,18 @@ class Batches(Dataset):
         return ids if self.world > 1 else text.trim(ids, self.tokenizer.end)
 
 
-def cut(images, nodes, window):
-    """Bags uint8 [B, 3, 8S, 8S] -> the patches of `nodes` [B, N], in the `window` [B, 3] of each bag or [B, 0] for all of it: float [B, N, 3, S, S]."""
-    return data.pyramid(data.zoom(images, window) if window.shape[1] else images, nodes=nodes)
+def cut(bags, nodes, window=None):
+    """Bags, uint8 [B, 3, 8S, 8S] or the magnifications of data.levels -> patches of `nodes` [B, N], in the `window` [B, 3] of each: float [B, N, 3, S, S]."""
+    if window is not None:
+        bags = data.zoom(bags, window)
+    return data.cut(bags if isinstance(bags, list) else data.levels(bags), nodes=nodes)
 
 
 def augment(batch, jitter):
     """batch -> its patches [B, N, 3, S, S] in [0, 1], cut from the bags, turned, mirrored and stained, on whatever device they are."""
     patches = batch["pixels"]
     if patches.dim() == 4:
-        patches = cut(patches, batch["nodes"], batch["window"])
+        patches = cut(patches, batch["nodes"], batch.get("window"))
     if "turns" in batch:
         patches = data.turn(patches, batch["turns"])
     return data.stain_jitter(patches, jitter, batch["stain"]) if "stain" in batch else patches

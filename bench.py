@@ -243,8 +243,8 @@ def bench_step(folder, device, size="paper"):
     square = torch.rand(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
     f, T, (B, N), M = m.flops(batch["ids"].shape[2], cfg.k_o), batch["ids"].shape[2], batch["valid"].shape, len(batch["pairs"])
     images, ids = torch.rand(4 * N if gpu else 4, 3, patch_px, patch_px, device=device), torch.nn.functional.pad(batch["ids"].flatten(0, 1)[: 340 if gpu else 16], (0, batches.context - T))
-    pixels = torch.stack([bags[i]["image"] for i in range(B)]).to(device) if not gpu else batch["pixels"]
-    whole = {k: batch[k] for k in ("nodes", "turns", "stain")} | {"pixels": pixels, "window": torch.empty(B, 0)}
+    whole = batches_.Batches(bags, tokenizer, dataclasses.replace(cfg, device="cuda"), batches.context)[0]      # as a GPU gets it: to be cut, turned and stained
+    whole = {k: whole[k].to(device) for k in ("nodes", "turns", "stain", "pixels")}
     visual, words = torch.rand(M, 1 + m.pool ** 2, len(m.fusion_ln.weight), device=device), torch.rand(M, T, m.text.width, device=device)
     real = torch.ones(M, T, dtype=torch.bool, device=device)
     v, t, w = (losses.unit(torch.randn(*shape, len(m.proj.weight), device=device)).requires_grad_() for shape in ((B, N), (B, N), (B, cfg.keywords)))
@@ -367,7 +367,7 @@ def bench_losses(folder, device):
         return run
     seconds = interleaved({"all six losses": step(), **{f"without {n}": step(**{n: 0.0}) for n in train.LOSSES}, "itc alone": step(**dict.fromkeys(train.LOSSES[1:], 0.0)),
                            "all, with a queue of 4096": step(queue=4096), "all, with queue and alpha 0.4": step(queue=4096, alpha=0.4), "all, keywords selected by ema": step(cvta_select="ema"),
-                           "batch on the CPU (decode, cut, tokens)": lambda: batches[1], "turns, stain": lambda: batches_.augment(batch, cfg.jitter)}, 9)
+                           "batch on the CPU (bags in memory: cut, tokens)": lambda: batches[1], "turns, stain": lambda: batches_.augment(batch, cfg.jitter)}, 9)
     report(f"a step of {cfg.bags} bags x 4 patches, forward + backward", seconds, "all six losses")
     print("  of the step: " + ", ".join(f"{n} {1 - statistics.median(t / a for t, a in zip(seconds[f'without {n}'], seconds['all six losses'])):.2f}" for n in train.LOSSES)
           + " (what leaving it out saves; without itc the towers still run)")

@@ -390,31 +390,38 @@ def sample_nodes(B, b, generator=None, first=False):
         heap.append((4 * heap[-1][..., None] + 1 + lot.argsort(-1)[..., :b].sort(-1).values).flatten(1))
     return torch.cat(heap, 1)
 
-def pyramid(images, b=4, nodes=None):
-    """images [B,3,8S,8S], uint8 or float in [0,1] -> patches float32 [B,N,3,S,S] in [0,1], in heap order.
+def levels(images):
+    """images [B,3,8S,8S], uint8 or float in [0,1] -> the four magnifications, 5x first: [B,3,S,S], [B,3,2S,2S], [B,3,4S,4S], images.
 
-    Each level is the 2x2 average of the next, so a parent is exactly the average of its children. `nodes` [B,N] from
-    `sample_nodes` picks which to cut; without it, the first b children everywhere. Others are never made: b < 4 is cheap."""
-    same = nodes is None                                  # for all bags: slices will do, several times faster than an index per bag
-    nodes = sample_nodes(1, b, first=True) if same else nodes
-    b, S = {4: 1, 15: 2, 40: 3, 85: 4}[nodes.shape[1]], images.shape[3] // 8
-    bag = torch.arange(len(images), device=images.device)[:, None]
-    patches = torch.empty(len(images), nodes.shape[1], 3, S, S, device=images.device)
-    parts = list(zip(*(x.split([b ** lev for lev in range(4)], 1) for x in (*place(nodes)[1:], patches))))   # rows, columns, patches by level
-    # sums of bytes, divided only in the patches that are cut: 64 x 255 fits 16 bits, exactly, at a quarter of the cost of floats
-    unit, wide = (1, images.dtype) if images.is_floating_point() else (255, torch.int16)
-    for lev in (3, 2, 1, 0):
-        row, col, part = parts[lev]                       # [B, b^lev], [B, b^lev], [B, b^lev, 3, S, S]
+    Each is the 2x2 *sum* of the next: sums of bytes are exact, 64 x 255 fits 16 bits, and they cost a quarter of floats. `cut` divides."""
+    sums, wide = [images], images.dtype if images.is_floating_point() else torch.int16
+    for _ in range(3):
+        rows = sums[0][..., 0::2, :].to(wide) + sums[0][..., 1::2, :]
+        sums.insert(0, rows[..., 0::2] + rows[..., 1::2])
+    return sums
+
+def cut(sums, b=4, nodes=None):
+    """The `levels` of B bags -> patches float32 [B,N,3,S,S] in [0,1], in heap order, so that a parent is exactly the average of its children.
+
+    `nodes` [B,N] from `sample_nodes` picks which to cut; without it, the first b children everywhere."""
+    nodes = sample_nodes(1, b, first=True) if nodes is None else nodes
+    same = len(nodes) == 1                                # for all bags: slices will do, several times faster than an index per bag
+    b, (B, _, S, _), device = {4: 1, 15: 2, 40: 3, 85: 4}[nodes.shape[1]], sums[0].shape, sums[0].device
+    bag, white = torch.arange(B, device=device)[:, None], 1 if sums[3].is_floating_point() else 255
+    patches = torch.empty(B, nodes.shape[1], 3, S, S, device=device)
+    parts = zip(*(x.split([b ** lev for lev in range(4)], 1) for x in (*place(nodes)[1:], patches)))     # rows, columns, patches by level
+    for lev, (row, col, part) in enumerate(parts):        # [B, b^lev], [B, b^lev], [B, b^lev, 3, S, S]
         if same:
             for j, (r, c) in enumerate(zip(row[0].tolist(), col[0].tolist())):
-                torch.div(images[..., r * S:r * S + S, c * S:c * S + S], unit, out=part[:, j])
+                torch.div(sums[lev][..., r * S:r * S + S, c * S:c * S + S], white * 4 ** (3 - lev), out=part[:, j])
         else:
-            grid = images.unflatten(3, (2 ** lev, S)).unflatten(2, (2 ** lev, S))            # [B, 3, rows, S, cols, S]
-            part.copy_(grid[bag, :, row, :, col]).div_(unit)
-        if lev:
-            rows = images[..., 0::2, :].to(wide) + images[..., 1::2, :]
-            images, unit = rows[..., 0::2] + rows[..., 1::2], unit * 4
+            grid = sums[lev].unflatten(3, (2 ** lev, S)).unflatten(2, (2 ** lev, S))         # [B, 3, rows, S, cols, S]
+            part.copy_(grid[bag, :, row, :, col]).div_(white * 4 ** (3 - lev))
     return patches
+
+def pyramid(images, b=4, nodes=None):
+    """images [B,3,8S,8S], uint8 or float in [0,1] -> patches float32 [B,N,3,S,S] in [0,1]: `cut` of their `levels`."""
+    return cut(levels(images), b, nodes)
 
 def turn(patches, turns):
     """Turn or mirror all patches of a bag alike: [B, ..., S, S], turns [B] in 0..7 -> same shape. Histology has no right way up.

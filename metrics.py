@@ -39,9 +39,12 @@ def _area(score, positive, weight):
     order = np.argsort(score, kind="stable")
     first = np.flatnonzero(np.diff(score[order], prepend=-np.inf))                     # where a new score begins
     weight, positive = weight[:, order], positive[order]
-    a, b = (np.add.reduceat(weight * side, first, axis=1) for side in (positive, ~positive))         # [T, distinct scores]
+    a = weight * positive
+    b = weight - a
+    if len(first) < len(order):                                                        # ties: [T, distinct scores]
+        a, b = np.add.reduceat(a, first, axis=1), np.add.reduceat(b, first, axis=1)
     with np.errstate(invalid="ignore"):
-        return (a * (b.cumsum(1) - b / 2)).sum(1) / (a.sum(1) * b.sum(1))
+        return np.einsum("td,td->t", a, b.cumsum(1) - b / 2) / (a.sum(1) * b.sum(1))
 
 
 def auroc(y, probability, weight=None):

@@ -18,6 +18,7 @@ import copy
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import losses
 from batches import augment
@@ -90,7 +91,7 @@ class Objective(nn.Module):
     def forward(self, batch):
         """batch -> ({loss: scalar}, {monitor: scalar}). The batch holds
 
-        pixels  [B, 3, 8S, 8S] uint8 bags, to be cut at nodes [B, N] in window [B, 3], or [B, N, 3, S, S] in [0, 1], patches;
+        pixels  [B, 3, 8S, 8S] uint8 bags, to be cut at nodes [B, N], where there is one in window [B, 3], or [B, N, 3, S, S] in [0, 1], patches;
                 turns [B] and stain [B, 2, 3] where they are to be turned and stained.   Or tokens [B, N, V, Dv], cached features
         valid   [B, N] bool   not blank, magnification present       ids   [B, N, T]   caption of each node
         bag     [B]    number of the bag in the data: kin have equal ones
@@ -120,7 +121,8 @@ class Objective(nn.Module):
         captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
         t = losses.unit(pooled)
         if cfg.cvta or cfg.mrtva:
-            w = model.encode_text(batch["keywords"])[batch["bag_of"]]                  # [U, d] -> [B, K, d]
+            # not [...][bag_of], whose gradient several threads would add up in whatever order they come
+            w = F.embedding(batch["bag_of"], model.encode_text(batch["keywords"]))     # [U, d] -> [B, K, d]
         if slow is not None:
             slow_tokens = tokens if cfg.freeze_vision else slow.see(images)
             slow_v = slow.project(slow_tokens)

@@ -78,6 +78,7 @@ class Config:
     scale_jitter: float = 0.0      # enlarge a random square of the bag, its side 1 - this at least: magnifications between the four
     cache: bool = False            # with a frozen tower: compute its features once, beside the shards, and train without pixels (no augmentation)
     workers: int = 1               # loader processes of each process
+    ram: float = 2.0               # GB: decoded bags that each loader process keeps in memory; the built-in world needs 1.6
     # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper
     itc: float = 1.0               # weight of image-text contrast; 0 removes a loss and its cost
     itm: float = 1.0               # ... image-text matching
@@ -448,7 +449,7 @@ def main(argv):
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     batches = Batches(bags, tokenizer, cfg, context, rank, world, features.get(bags.folder))
-    held_out = Batches(test, tokenizer, cfg, context, rank, world, features.get(test.folder), batches.corpus) if cfg.eval_every else None
+    held_out = Batches(test, tokenizer, dataclasses.replace(cfg, ram=0), context, rank, world, features.get(test.folder), batches.corpus) if cfg.eval_every else None
     if cfg.itm and cfg.bags == cfg.accumulate:
         say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
     if world > 1 and cfg.pairs * batches.local % 1:

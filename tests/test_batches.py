@@ -44,9 +44,10 @@ def test_batches_depend_on_the_step_alone_and_cover_an_epoch(world):
 def test_scale_jitter_enlarges_squares_of_a_bag(world):
     bags = data.BagDataset(world / "train")
     tokenizer = text.Tokenizer.train([c for i in range(len(bags)) for c in bags.captions(i) if c], 600)
-    plain, again, zoomed = (Batches(bags, tokenizer, train.parse(["--bags", "4", "--scale_jitter", s]), 64)[3] for s in ("0", "0", "0.5"))
+    still = ["--bags", "4", "--turns", "false", "--jitter", "0"]
+    plain, again, zoomed = (Batches(bags, tokenizer, train.parse(still + ["--scale_jitter", s]), 64)[3] for s in ("0", "0", "0.5"))
     assert torch.equal(plain["pixels"], again["pixels"]) and "window" not in plain
-    cuda = dataclasses.replace(train.parse(["--bags", "4", "--scale_jitter", "0.5"]), device="cuda")             # leaves the cutting to the device
+    cuda = dataclasses.replace(train.parse(still + ["--scale_jitter", "0.5"]), device="cuda")             # leaves the cutting to the device
     window = Batches(bags, tokenizer, cuda, 64)[3]["window"]
     side, corner = window[:, :1], window[:, 1:]
     assert (side >= 0.5).all() and (side < 1).all() and (corner >= 0).all() and (corner + side <= 1).all()
@@ -87,10 +88,31 @@ def test_augmentation_on_the_device_is_that_of_the_loader(parts):
     bags, tokenizer = parts
     cfg = train.parse(["--bags", "4", "--children", "2"])
     batch = Batches(bags, tokenizer, cfg, 64)[1]
-    whole = batch | {"pixels": torch.stack([bags[i]["image"] for i in batch["bag"].tolist()]), "window": torch.empty(4, 0)}
+    whole = Batches(bags, tokenizer, dataclasses.replace(cfg, device="cuda"), 64)[1]
+    assert whole["pixels"].dtype == torch.uint8 and batch["pixels"].is_floating_point()
     assert torch.allclose(augment(batch, cfg.jitter), augment(whole, cfg.jitter), atol=1e-6)
     plain = Batches(bags, tokenizer, train.parse(["--bags", "4", "--children", "2", "--turns", "false", "--jitter", "0"]), 64)[1]
     assert torch.equal(augment(plain, 0.0), plain["pixels"]) and torch.equal(plain["pixels"], batch["pixels"])
+
+
+def test_bags_kept_in_memory_change_nothing(parts):
+    bags, tokenizer = parts
+    cfg, decoded = train.parse(["--bags", "4", "--children", "2", "--steps", "9"]), []
+
+    class Counted(data.BagDataset):
+        def __getitem__(self, i):
+            decoded.append(i)
+            return super().__getitem__(i)
+
+    counted, size = Counted(bags.folder), sum(x.nbytes for x in data.levels(bags[0]["image"][None]))
+    for ram, number in ((2.0, len(bags)), (2.5 * size / 1e9, 2), (0, 0)):              # all bags, two of them, none
+        decoded.clear()
+        kept = Batches(counted, tokenizer, dataclasses.replace(cfg, ram=ram), 64)
+        for i in range(9):
+            assert all(torch.equal(x, Batches(bags, tokenizer, dataclasses.replace(cfg, ram=0), 64)[i][k]) for k, x in kept[i].items())
+        visits = [kept._at(k) for k in range(36)]
+        assert len(kept.kept) == min(number, len(set(visits))) and len(decoded) == 36 - sum(visits.count(i) - 1 for i in kept.kept)
+        assert sum(x.nbytes for bag in kept.kept.values() for x in bag) <= ram * 1e9
 
 
 def test_the_log_of_a_killed_run_reads_as_one(tmp_path):

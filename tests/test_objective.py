@@ -405,3 +405,19 @@ def test_any_number_of_processes_computes_the_same(tmp_path):
                 assert set(grads) == set(other) and len(grads) > 60
                 assert not [k for k, x in grads.items() if (x - other[k]).norm() > 1e-6 * x.norm() + 1e-12], (name, step)
             assert not [k for k, x in memory.items() if not torch.allclose(x.double(), theirs[k].double(), atol=1e-8)], name
+
+
+def test_two_threads_compute_the_same_bits_every_time():
+    """A keyword stands in many bags, so its gradient is a sum over them, which must not depend on which thread comes first."""
+    model, (images, batch) = small(), a_batch(B=32, K=150)
+    batch = batch | {"pixels": images, "bag_of": torch.randint(0, 9, (32, 150), generator=torch.Generator().manual_seed(0))}
+    objective, threads, found = Objective(model, dataclasses.replace(settings(jitter=0.0), bags=32)), torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(8):
+            model.zero_grad()
+            sum(objective(batch)[0].values()).backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], x) for x in found)
