@@ -25,6 +25,12 @@ from batches import augment
 from model import text_valid
 
 
+def take(x, index):
+    """x[index], any shapes. But where an index repeats, the gradient of that is added up by several threads in whatever order they come, and
+    two runs would differ in their last bits; that of an embedding is not."""
+    return F.embedding(index, x.flatten(1)).view(*index.shape, *x.shape[1:])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The objective: a module, so that DDP and torch.compile see one forward call a step. It also holds what the losses remember, the
 # momentum model and the queues.
@@ -121,8 +127,7 @@ class Objective(nn.Module):
         captions, pooled = model.text(ids)                                             # [BN, T, Dt], [BN, d]
         t = losses.unit(pooled)
         if cfg.cvta or cfg.mrtva:
-            # not [...][bag_of], whose gradient several threads would add up in whatever order they come
-            w = F.embedding(batch["bag_of"], model.encode_text(batch["keywords"]))     # [U, d] -> [B, K, d]
+            w = take(model.encode_text(batch["keywords"]), batch["bag_of"])            # [U, d] -> [B, K, d]
         if slow is not None:
             slow_tokens = tokens if cfg.freeze_vision else slow.see(images)
             slow_v = slow.project(slow_tokens)
@@ -142,13 +147,13 @@ class Objective(nn.Module):
 
         # Caption losses on M = B * pairs patches.
         row = batch["pairs"]                                                           # [M] numbers into BN
-        caption, row_ids, ok = captions[row], ids[row], valid.flatten()[row]           # [M, T, Dt], [M, T], [M]
+        caption, row_ids, ok = take(captions, row), ids[row], valid.flatten()[row]      # [M, T, Dt], [M, T], [M]
         real = text_valid(row_ids, model.text.end)                                     # [M, T]
         if cfg.mrtva:
             visual = model.visual_tokens(tokens)                                       # [BN, V, D] for all passes
-            image = visual[row]                                                        # [M, V, D]
+            image = take(visual, row)                                                  # [M, V, D]
         elif cfg.itm or cfg.mlm or cfg.plm:
-            image = model.visual_tokens(tokens[row])
+            image = model.visual_tokens(take(tokens, row))
         soft_mlm = soft_plm = None
         if self.softens and (cfg.mlm or cfg.plm):
             slow_image = slow.visual_tokens(slow_tokens[row])                          # [M, V, D]
@@ -156,7 +161,7 @@ class Objective(nn.Module):
             i, j, found = losses.hard_negatives(v[row], t[row], bag[row], tau_itc, ok, batch["lot_negative"])
             images_, captions_, real_ = (losses.gather(x) for x in (image, caption, real))   # of all processes: i and j count these rows
             seen = torch.cat([real, real, real_[j]])                                   # [3M, T]
-            fused = model.fuse_with_text(torch.cat([image, images_[i], image]), torch.cat([caption, caption, captions_[j]]), seen,
+            fused = model.fuse_with_text(torch.cat([image, take(images_, i), image]), torch.cat([caption, caption, take(captions_, j)]), seen,
                                          at=seen.sum(1) - 1)                           # [3M, D] read at the end id
             out["itm"] = losses.itm(*model.itm_head(fused).chunk(3), ok & found)       # [M, 2] each
         if cfg.mlm:
