@@ -90,7 +90,7 @@ def test_the_objective_compiles_whole_and_once(world):
     compiled, shapes = torch.compile(objective, dynamic=False, fullgraph=True, backend=counted), set()
     for i in range(8):
         batch = batches[i]
-        batch |= {"pixels": torch.stack([bags[j]["image"] for j in batch["bag"].tolist()]), "window": torch.empty(4, 0)}  # as on a GPU: whole bags, to be cut in the graph
+        batch |= {"pixels": torch.stack([bags[j]["image"] for j in batch["bag"].tolist()])}      # as on a GPU: whole bags, to be cut in the graph
         train.mark_lengths(batch)
         shapes.add((batch["ids"].shape[2], *batch["keywords"].shape))
         twin = copy.deepcopy(objective)                                                # a step changes the queue
