@@ -98,7 +98,7 @@ class Config:
     queue: int = 0                 # its features of so many earlier patches are negatives of ITC (ALBEF: 65536); any number
     half_life: float = 4400        # it forgets half of itself every so many bags (ALBEF's 0.995 a step: every 138 steps)
     # optimiser
-    words: int = 200               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
+    words: int = 300               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
     steps: int = 900               # optimiser steps
     lr: float = 2e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
