@@ -130,7 +130,7 @@ PRESETS = {
     "synthetic": {},
     "paper": dict(  # 400,000 bags x 50 epochs / 64
         out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0, k_o=8, keywords=128,
-        cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, words=0, steps=312_500, lr=1e-4, lr_vision=0.1,
+        cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, ram=0, words=0, steps=312_500, lr=1e-4, lr_vision=0.1,
         lr_text=0.1, warmup=2000, log_every=50, save_every=1000, eval_every=10_000),
 }
 
