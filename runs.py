@@ -140,6 +140,7 @@ def draw_curves(folders, out, width=300, height=170, columns=4):
     """A panel for everything a log holds, over the steps, one colour a run; validation as dots beside training. Writes a PNG."""
     logs = [read_log(folder) for folder in folders]
     names = list(dict.fromkeys(n for log in logs for n in log if not n.startswith("val_")))
+    names = [n for n in names if any(n in log and len(log[n][0]) > 1 for log in logs)] or names              # what was measured once is no curve
     if not names:
         return
     top, last = 24 + 16 * (len(folders) > 1) * len(folders), max(max(steps) for log in logs for steps, _ in log.values())
