@@ -9,9 +9,9 @@ has two independent facts, and its diagnosis is their pair:
 
 so a 5x patch alone knows the row of the table DIAGNOSES and a 40x patch alone knows the column. Two devices keep it so:
 
-1. Architecture is how three tissues (lumen, epithelium, stroma) lie around the centres of a lattice (ARRANGEMENTS), planned on
-   squares of 56 px. The amounts of the tissues are all but constant over one 10x field (256 level-0 px) and differ a little from
-   architecture to architecture; a 20x field (128 px) sees a part of one unit, now mostly this tissue, now mostly that.
+1. Architecture is how three tissues (epithelium, lumen, stroma) lie, and above all how much of each there is (ARRANGEMENTS). The
+   arrangement is periodic and its period is the side of a 10x field, 256 level-0 px: wherever such a field lies, it holds exactly
+   one unit, and the amounts of its architecture. A 20x field is a quarter of a unit: it may hold anything.
 2. Cells are hybrid images (Oliva, Torralba & Schyns 2006). Every cell type has the same low spatial frequencies; only what
    lies above the resolution of 10x differs, in shape and in colour. Blending is linear and hardly ever clips, so that averaging
    removes just that, and what is left of it at 10x drowns in an uneven stain of about that scale.
@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
@@ -64,20 +63,19 @@ DIAGNOSES = (
 MPP = 0.25  # microns per pixel of level 0: 40x
 CELL = 16  # level-0 pixels per cell of the tissue map
 TILE = 256  # side of a JPEG tile in the file
-GRAIN = 56  # side of the squares on which an architecture is planned
-FIELD = 5  # squares over which the amounts of the tissues are kept constant: about a 10x field
-PITCH = 4.5  # squares from one unit to the next
-WAVE = 9  # how far its edges wander
+UNIT = 256  # an arrangement repeats after so many pixels in both directions: the side of a 10x field
+HABIT = 0.6  # how much of an arrangement is its architecture's habit; the rest is the slide's own
+WOBBLE = 8  # how far its edges wander
 
-# Around the centre of a unit (a point, or the line along a trabecula), from the inside out: a tissue and its share of the area,
-# the share of the epithelium around it, and the tissue that fills the rest. Epithelium always lies between lumen and stroma: a
-# boundary alone, which a 20x field shows, tells nothing.
+# The shares of epithelium, lumen and stroma in a unit: five points around (.50 .25 .25), as far apart as five can be. And the habit,
+# the height of each tissue on two crossed waves: glands have lumen on the crests and stroma in the troughs, papillae the
+# other way round, trabeculae lie along one of the waves, and sheets have none.
 ARRANGEMENTS = {
-    "glands": ("lumen", 0.29, 0.47, "stroma"),
-    "nests": ("lumen", 0.18, 0.49, "stroma"),
-    "trabeculae": ("stroma", 0.25, 0.50, "lumen"),
-    "papillae": ("stroma", 0.27, 0.45, "lumen"),
-    "sheets": ("lumen", 0.21, 0.55, "stroma"),
+    "glands": ((0.54, 0.33, 0.13), ((0, 0), (1, 1), (-1, -1))),
+    "nests": ((0.54, 0.13, 0.33), ((1, 1), (0, 0), (-1, -1))),
+    "trabeculae": ((0.40, 0.24, 0.36), ((1.4, 0), (0, 0), (-1.4, 0))),
+    "papillae": ((0.40, 0.36, 0.24), ((0, 0), (-1, -1), (1, 1))),
+    "sheets": ((0.62, 0.19, 0.19), ((0, 0), (0, 0), (0, 0))),
 }
 
 # A cell's detail: its rms contrast in grey levels, and its colour, as (haematoxylin, eosin) taken up where it is positive and where
@@ -139,39 +137,37 @@ def lattice(rng, y, x, pitch, jitter=0.1):
 
 
 def arrange(rng, name, size, step=8):
-    """The layers of one architecture: two signed fields [size/step, size/step], in level-0 pixels.
+    """The layers of one architecture: two signed fields [size/step, size/step], roughly in level-0 pixels.
 
     epithelium where the first is positive; elsewhere lumen where the second is positive and stroma where it is not.
-    The plan is drawn on squares of GRAIN pixels and only then enlarged: a 20x field is little more than two squares wide, too few
-    to tell what they belong to, a 5x field nine.
     """
-    inside, core, wall, outside = ARRANGEMENTS[name]
-    n = int(1.5 * size / GRAIN) + 4  # more than the slide needs: the plan is turned
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) + rng.uniform(-0.12, 0.12, (2, n, n)).astype(np.float32)
-    pitch = PITCH * rng.uniform(0.97, 1.03)
-    if name == "trabeculae":
-        line = (x + 0.5 * noise(rng, n, n / 8)) / pitch + rng.uniform()
-        distance = np.abs(line - np.rint(line))
-    else:
-        distance = lattice(rng, y, x, pitch)
-    # A distance becomes its rank among those of the field around it. So the amounts are those of the table in every field.
-    around = sliding_window_view(np.pad(distance, FIELD // 2, mode="reflect"), (FIELD, FIELD))
-    rank = (around < distance[..., None, None]).mean((2, 3)) + 0.5 / FIELD**2
-    plan = np.where(rank < core, inside, np.where(rank < core + wall, "epithelium", outside))
-    m, turn = size // step, rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0:m, 0:m].astype(np.float32) * step - size / 2
-    y, x = y + WAVE * noise(rng, m, size / 50), x + WAVE * noise(rng, m, size / 50)  # no straight edges
-    u = (y * np.cos(turn) - x * np.sin(turn)) / GRAIN + n / 2
-    v = (y * np.sin(turn) + x * np.cos(turn)) / GRAIN + n / 2
-    i, j = u.astype(int).clip(0, n - 2), v.astype(int).clip(0, n - 2)
-    a, b = (t * t * (3 - 2 * t) for t in (u - i, v - j))  # smooth steps from square to square
+    shares, habit = ARRANGEMENTS[name]
+    # every tissue is a sum of waves with one period in a unit, and at each point the highest tissue is seen
+    waves = rng.standard_normal((2, 3, 4)) * (1, 1, 0.5, 0.5)  # cosine or sine, tissue, direction
+    waves = (1 - HABIT) * (waves - waves.mean(1, keepdims=True))
+    waves[0, :, :2] += HABIT * np.array(habit)
+    waves /= np.sqrt((waves**2).sum((0, 2)).mean())  # or the edges of some would be sharper than those of others
 
-    def enlarged(plan):
-        f = plan.astype(np.float32)
-        f = (f[i, j] * (1 - a) + f[i + 1, j] * a) * (1 - b) + (f[i, j + 1] * (1 - a) + f[i + 1, j + 1] * a) * b
-        return (f - 0.5) * GRAIN
+    def heights(u, v):  # of the epithelium above the others, and of the lumen above the stroma
+        phases = np.stack([u, v, u + v, u - v])
+        epithelium, lumen, stroma = np.tensordot(waves[0], np.cos(phases), 1) + np.tensordot(waves[1], np.sin(phases), 1)
+        return epithelium - np.maximum(lumen, stroma), lumen - stroma
 
-    return enlarged(plan == "epithelium"), enlarged(plan == "lumen")
+    # where to cut, so that one unit holds just the shares of the table
+    phase = 2 * np.pi * np.arange(64) / 64
+    wall, core = heights(*np.meshgrid(phase, phase))
+    wall_cut = np.quantile(wall, 1 - shares[0])
+    core_cut = np.quantile(core[wall <= wall_cut], shares[2] / (shares[1] + shares[2]))
+
+    m = size // step
+    y, x = np.mgrid[0:m, 0:m].astype(np.float32) * step
+    y = y + 60 * noise(rng, m, size / 300)[0]  # columns slide along themselves: curves that leave each its period
+    y, x = y + WOBBLE * noise(rng, m, size / 150), x + WOBBLE * noise(rng, m, size / 150)
+    y, x = (y, x) if rng.random() < 0.5 else (y.T, x.T)
+    u, v = (2 * np.pi * (axis / UNIT + rng.uniform()) for axis in (y, x))
+    wall, core = heights(u, v)
+    slope = UNIT / (2 * np.pi)  # a wave of height 1 then rises by about one a pixel
+    return slope * (wall - wall_cut).astype(np.float32), slope * (core - core_cut).astype(np.float32)
 
 
 def regions(rng, size):
@@ -192,7 +188,7 @@ def regions(rng, size):
 # cells: one small picture per cell, drawn so that a low resolution cannot tell the types apart
 
 
-def hybrid(detail, common, cutoff=0.2):
+def hybrid(detail, common, cutoff=0.24):
     """The low spatial frequencies of `common` and the high ones of `detail`, at unit rms: [M, n, n], [M, n, n] -> float [M, n, n, 2].
 
     cutoff in cycles per pixel: 0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns,
@@ -292,7 +288,7 @@ def paint(rng, truth, size, tissue=None):
     tumour, fat, glass = is_a("tumour"), is_a("fat"), is_a("glass")
     epithelium, lumen = arrange(rng, truth["architecture"], size)
     epithelium = soft(epithelium, 4.0) * tumour
-    lumen = soft(lumen, 1.5) * tumour * (1 - epithelium)
+    lumen = soft(lumen, 4.0) * tumour * (1 - epithelium)
     g = size // 8
     y, x = np.mgrid[0:g, 0:g].astype(np.float32) * 8
     wobble = 10 * noise(rng, g, size / 80)
