@@ -64,7 +64,7 @@ MPP = 0.25  # microns per pixel of level 0: 40x
 CELL = 16  # level-0 pixels per cell of the tissue map
 TILE = 256  # side of a JPEG tile in the file
 UNIT = 256  # an arrangement repeats after so many pixels in both directions: the side of a 10x field
-HABIT = 0.6  # how much of an arrangement is its architecture's habit; the rest is the slide's own
+HABIT = 0.5  # how much of an arrangement is its architecture's habit; the rest is the slide's own
 WOBBLE = 8  # how far its edges wander
 
 # The shares of epithelium, lumen and stroma in a unit: five points around (.50 .25 .25), as far apart as five can be. And the habit,
@@ -72,10 +72,10 @@ WOBBLE = 8  # how far its edges wander
 # other way round, trabeculae lie along one of the waves, and sheets have none.
 ARRANGEMENTS = {
     "glands": ((0.54, 0.33, 0.13), ((0, 0), (1, 1), (-1, -1))),
-    "nests": ((0.54, 0.13, 0.33), ((1, 1), (0, 0), (-1, -1))),
-    "trabeculae": ((0.40, 0.24, 0.36), ((1.4, 0), (0, 0), (-1.4, 0))),
-    "papillae": ((0.40, 0.36, 0.24), ((0, 0), (-1, -1), (1, 1))),
-    "sheets": ((0.62, 0.19, 0.19), ((0, 0), (0, 0), (0, 0))),
+    "nests": ((0.54, 0.14, 0.32), ((1, 1), (0, 0), (-1, -1))),
+    "trabeculae": ((0.41, 0.24, 0.35), ((1.4, 0), (0, 0), (-1.4, 0))),
+    "papillae": ((0.41, 0.35, 0.24), ((0, 0), (-1, -1), (1, 1))),
+    "sheets": ((0.61, 0.19, 0.20), ((0, 0), (0, 0), (0, 0))),
 }
 
 # A cell's detail: its rms contrast in grey levels, and its colour, as (haematoxylin, eosin) taken up where it is positive and where
@@ -83,8 +83,8 @@ ARRANGEMENTS = {
 DETAIL = {
     "small round": (15, (1.5, 0.2), (0.3, 0.2)),  # dark nuclei
     "vesicular": (18, (0.2, 1.6), (1.3, 0.0)),  # a pink nucleolus in a blue nucleus
-    "spindle": (18, (0.5, 1.9), (0.5, 0.0)),  # pink fibrils
-    "signet ring": (24, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
+    "spindle": (17, (0.5, 1.9), (0.5, 0.0)),  # pink fibrils
+    "signet ring": (26, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
 }
 
 
@@ -191,8 +191,8 @@ def regions(rng, size):
 def hybrid(detail, common, cutoff=0.24):
     """The low spatial frequencies of `common` and the high ones of `detail`, at unit rms: [M, n, n], [M, n, n] -> float [M, n, n, 2].
 
-    cutoff in cycles per pixel: 0.125 cycles per level-0 pixel is the finest that 10x can hold (Oliva, Torralba & Schyns,
-    "Hybrid images", 2006)."""
+    cutoff in cycles per level-0 pixel: 10x holds up to 0.125, and averaging 4 x 4 pixels, which makes it, leaves nothing of 0.25
+    (Oliva, Torralba & Schyns, "Hybrid images", 2006)."""
     n = detail.shape[-1]
     low = 1 / (1 + (np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)) / cutoff) ** 16)
     through = lambda image, gain: np.fft.irfft2(np.fft.rfft2(image) * gain, (n, n))  # noqa: E731
