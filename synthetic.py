@@ -72,10 +72,10 @@ WOBBLE = 8  # how far its edges wander
 # other way round, trabeculae lie along one of the waves, and sheets have none.
 ARRANGEMENTS = {
     "glands": ((0.54, 0.33, 0.13), ((0, 0), (1, 1), (-1, -1))),
-    "nests": ((0.54, 0.14, 0.32), ((1, 1), (0, 0), (-1, -1))),
-    "trabeculae": ((0.41, 0.24, 0.35), ((1.4, 0), (0, 0), (-1.4, 0))),
-    "papillae": ((0.41, 0.35, 0.24), ((0, 0), (-1, -1), (1, 1))),
-    "sheets": ((0.61, 0.19, 0.20), ((0, 0), (0, 0), (0, 0))),
+    "nests": ((0.54, 0.13, 0.33), ((1, 1), (0, 0), (-1, -1))),
+    "trabeculae": ((0.40, 0.24, 0.36), ((1.4, 0), (0, 0), (-1.4, 0))),
+    "papillae": ((0.40, 0.36, 0.24), ((0, 0), (-1, -1), (1, 1))),
+    "sheets": ((0.62, 0.19, 0.19), ((0, 0), (0, 0), (0, 0))),
 }
 
 # A cell's detail: its rms contrast in grey levels, and its colour, as (haematoxylin, eosin) taken up where it is positive and where
@@ -83,8 +83,8 @@ ARRANGEMENTS = {
 DETAIL = {
     "small round": (15, (1.5, 0.2), (0.3, 0.2)),  # dark nuclei
     "vesicular": (18, (0.2, 1.6), (1.3, 0.0)),  # a pink nucleolus in a blue nucleus
-    "spindle": (17, (0.5, 1.9), (0.5, 0.0)),  # pink fibrils
-    "signet ring": (26, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
+    "spindle": (20, (0.0, 1.9), (0.45, 0.1)),  # pink fibrils
+    "signet ring": (25, (0.0, 0.0), (1.5, 0.2)),  # a clear vacuole, a dark crescent
 }
 
 

@@ -99,7 +99,7 @@ class Config:
     half_life: float = 4400        # it forgets half of itself every so many bags (ALBEF's 0.995 a step: every 138 steps)
     # optimiser
     words: int = 200               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
-    steps: int = 600               # optimiser steps
+    steps: int = 660               # optimiser steps
     lr: float = 2e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
     lr_text: float = 0.1           # factor on it for the text tower
@@ -118,7 +118,7 @@ class Config:
     compile: bool = False          # torch.compile the step: worth it on a GPU, slower to start than it gains on a CPU
     log_every: int = 20            # steps
     save_every: int = 100          # steps
-    eval_every: int = 300          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
+    eval_every: int = 330          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
     evaluate: bool = True          # measure everything on data/test when training ends
     change: bool = False           # go on with a checkpoint although these settings are not those it was trained with
     wandb: str = ""                # project of Weights & Biases to send the log to (pip install wandb)
