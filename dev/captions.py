@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import subjects
 import synthetic
+from overfit import facts
 
-NODES = {0: ("5x", synthetic.ARCHITECTURES), 2: ("10x", synthetic.ARCHITECTURES), 10: ("20x", synthetic.CYTOLOGIES), 40: ("40x", synthetic.CYTOLOGIES)}
+FAMILIES = {"architecture": set(synthetic.ARCHITECTURES), "cytology": set(synthetic.CYTOLOGIES)}
+NODES = {0: ("5x", "architecture"), 2: ("10x", "architecture"), 10: ("20x", "cytology"), 40: ("40x", "cytology")}
 
 
 def count(run, folder):
@@ -23,14 +25,12 @@ def count(run, folder):
     found, captions = {magnification: [0, 0, 0] for magnification, _ in NODES.values()}, Counter()
     for i in range(2, len(bags), 6):
         patches = data.pyramid(bags[i]["image"][None])[0]                              # [85, 3, S, S]
-        for node, (magnification, family) in NODES.items():
-            truth = bags.truth(i)[node]
-            fact = truth["architecture" if family is synthetic.ARCHITECTURES else "cytology"]
-            if fact:
+        for node, (magnification, fact) in NODES.items():
+            if truth := bags.truth(i)[node][fact]:
                 caption = net.caption(patches[node : node + 1], tokenizer=tokenizer)[0]
-                named = [name for name in family if any(wording in caption for wording in synthetic.WORDS[name])]
+                named = facts(caption, tokenizer) & FAMILIES[fact]
                 captions[caption] += 1
-                for column, yes in enumerate((True, bool(named), fact in named)):
+                for column, yes in enumerate((True, bool(named), truth in named)):
                     found[magnification][column] += yes
     return found, captions
 

@@ -17,10 +17,15 @@ import synthetic
 import train
 
 
-def facts(caption, spell):
-    """The kinds and diagnoses of the built-in world that a caption names."""
+def spell(words, tokenizer):
+    """Words as the tokenizer spells them, and a model's caption with it: "well - formed glands"."""
+    return tokenizer.decode(tokenizer.encode(words))
+
+
+def facts(caption, tokenizer):
+    """The kinds and diagnoses of the built-in world that a caption, spelled by the tokenizer, names."""
     words = {**synthetic.WORDS, **{name: (name,) for name in synthetic.ALL_DIAGNOSES}}
-    return {kind for kind, wordings in words.items() if any(spell(w) in caption for w in wordings)}
+    return {kind for kind, wordings in words.items() if any(spell(w, tokenizer) in caption for w in wordings)}
 
 
 def main():
@@ -33,14 +38,13 @@ def main():
     train.main(["--data", str(world), "--out", args.out, "--steps", args.steps, "--bags", "8", "--pairs", "4", "--jitter", "0", "--turns", "false",
                 "--itc", "0", "--itm", "0", "--mlm", "0", "--cvta", "0", "--mrtva", "0", "--evaluate", "false", "--eval_every", "0", *more])   # only what teaches it to speak
     bags, (model, tokenizer) = data.BagDataset(world / "train"), subjects.load_run(args.out)
-    spell = lambda words: tokenizer.decode(tokenizer.encode(words))                    # as the tokenizer spells them
     right = words = total = 0
     for i in range(len(bags)):
         patches, there = data.pyramid(bags[i]["image"][None])[0], bags[i]["valid"].tolist()
         for node, (said, told) in enumerate(zip(model.caption(patches, tokenizer=tokenizer), bags.captions(i))):
             if told and there[node]:
-                told = spell(told)
-                same = facts(said, spell) == facts(told, spell)
+                told = spell(told, tokenizer)
+                same = facts(said, tokenizer) == facts(told, tokenizer)
                 right, words, total = right + same, words + (said == told), total + 1
                 if not same or total % 60 == 0:
                     print(f"bag {i} node {node}: {'right' if same else 'WRONG'}\n    shown {told}\n    says  {said}")
