@@ -33,10 +33,10 @@ def make_world(folder, train=300, test=60, size=1024, patch_px=64):
     """The built-in data through the real path: slides (synthetic.py) -> shards (data.py) -> captions. Every stage skips what
     is finished, so an interrupted run goes on where it stopped. Test slides follow the training slides: none is shared.
     Many small slides rather than few large ones: all patches of a slide share one stain and repeat one label."""
-    for split, first, count in (("train", 0, train), ("test", train, test)):
-        slides, shards = Path(folder) / "slides" / split, Path(folder) / split
-        paths = synthetic.make_slides(slides, count, seed=0, first=first, size=size)
-        data.tile(paths, shards, patch_px=patch_px, fov_px=64, seed=0, workers=2)
+    slides = Path(folder) / "slides"
+    paths = synthetic.make_slides(slides, train + test, seed=0, size=size)
+    for shards, some in ((Path(folder) / "train", paths[:train]), (Path(folder) / "test", paths[train:])):
+        data.tile(some, shards, patch_px=patch_px, fov_px=64, seed=0, workers=2 if len(some) > 100 else 1)   # a process starts longer than it tiles 60
         synthetic.describe(shards, slides, seed=0)
 
 

@@ -79,7 +79,7 @@ def report(run, test, train, device="cpu"):
 
 def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
     """Features of test shards and, where there are any, of training shards -> namespace of both, or None where another process goes on. `base`, half as
-    many training bags as test bags, is what scores are centred on and probes learn from; `gallery` what held-out parents look among and MIL learns from."""
+    many training bags as test bags, is what scores are centred on and probes learn from (a quarter where there are none); `gallery` what held-out parents look among and MIL learns from."""
     bags, train_bags = open_bags(test), open_bags(train) if train else None
     read, most = reader_for(subject, args.features), args.bags or (len(bags) if wanted == ("slide",) else 300)
     if bags.S != subject.model.vision.size and networks.rank() == 0:
@@ -90,7 +90,7 @@ def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
         return embed(subject.model, which, spread(len(which), count), device, read=read, folder=Path(out) / "features" / "-".join(map(str, key)) if cached else None)
     feats, base, gallery, shared = embedded(bags, most), None, None, set()
     if train:
-        base = embedded(train_bags, max(1, most // 2))
+        base = embedded(train_bags, max(1, most // (2 if "probe" in wanted else 4)))
         shared = set(bags.slides) & set(train_bags.slides)                             # only then are test bags held-out parents of training slides
         if shared and "retrieval" in wanted or mil and "slide" in wanted:
             gallery = embedded(train_bags, len(train_bags) if shared or not args.bags and wanted == ("slide",) else 2 * most)
@@ -191,7 +191,7 @@ def built_in_heatmap(subject, s, test, out, device):
     """The first test slide of the built-in world, which keeps its slides beside the shards, with what is true of it and what is true beside the tumour
     -> {file: caption}, or nothing where the slide is not there."""
     first = s.feats["index"][0]
-    slide = Path(test).parent / "slides" / Path(test).name / s.bags.slides[first]
+    slide = Path(test).parent / "slides" / s.bags.slides[first]
     if not slide.exists():
         return {}
     true = {fact: next((r[fact] for r in s.bags.truth(first) if r and r.get(fact)), None) for fact in ("architecture", "cytology")}

@@ -334,7 +334,7 @@ class MRPLIP(nn.Module):
         self.fusion_ln = nn.LayerNorm(D)
         self.itm_head = nn.Linear(D, 2)
         self.lm_dense, self.lm_ln = nn.Linear(D, self.text.width), nn.LayerNorm(self.text.width)
-        self.lm_bias = nn.Parameter(torch.zeros(vocab))
+        self.lm_head = nn.Linear(self.text.width, vocab)                                # not tied to the text tower's embedding, see init_weights
         self.heads = Heads(D, *simsiam)
         # Temperatures live as log(1/tau), as CLIP's do: whatever the optimiser makes of it, tau stays positive.
         self.itc_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -355,6 +355,9 @@ class MRPLIP(nn.Module):
                 block.attn.proj.weight.data.div_(math.sqrt(2 * len(tower)))
                 block.mlp.fc2.weight.data.div_(math.sqrt(2 * len(tower)))
         nn.init.normal_(self.text.embed.weight, std=0.02)
+        # Words are told by vectors of their own that start as the tower's embedding. The tower learns slowly, so that what it has read is not
+        # lost; captions have to learn fast. Tied, either the captions ignore the picture or zero-shot suffers (dev/LOG.md).
+        self.lm_head.weight.data.copy_(self.text.embed.weight.data)
         nn.init.constant_(self.lm_ln.weight, 25 / math.sqrt(self.text.width))           # logits start with std 0.5 at any width
         for p in (self.vision.cls, self.vision.pos, self.text.pos, self.kind):
             nn.init.normal_(p, std=0.01)
@@ -422,8 +425,8 @@ class MRPLIP(nn.Module):
         return self.fuse(x, mask, valid.new_zeros(len(x), dtype=torch.long))[:, 0]
 
     def lm_logits(self, x):
-        """Fused text features [..., D] -> vocabulary logits [..., vocab], tied to the text tower's embedding (MLM and PLM)."""
-        return F.linear(self.lm_ln(F.gelu(self.lm_dense(x))), self.text.embed.weight, self.lm_bias)
+        """Fused text features [..., D] -> vocabulary logits [..., vocab] (MLM and PLM)."""
+        return self.lm_head(self.lm_ln(F.gelu(self.lm_dense(x))))
 
     @torch.no_grad()
     def caption(self, images, prefix="", *, tokenizer, max_tokens=64, top_p=0.0, generator=None):
@@ -465,7 +468,7 @@ class MRPLIP(nn.Module):
             pixels = pixels or stem
         return {"pixels": pixels, "vision": stem + len(vision.blocks) * block(Dv, 1 + vision.grid ** 2), "project": 2 * Dv * d, "visual_tokens": 2 * V * Dv * D,
                 "text": len(text.blocks) * block(Dt, T) + 2 * Dt * d,
-                "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "match": 2 * T * Dt * D + (depth - 1) * block(D, V + T) + block(D, V + T, 1), "lm_logits": 2 * T * (D * Dt + Dt * len(self.lm_bias)),
+                "fuse_with_text": 2 * T * Dt * D + depth * block(D, V + T), "match": 2 * T * Dt * D + (depth - 1) * block(D, V + T) + block(D, V + T, 1), "lm_logits": 2 * T * (D * Dt + Dt * self.lm_head.out_features),
                 "fuse_with_keywords": 2 * k_o * d * D + (depth - 1) * block(D, V + k_o) + block(D, V + k_o, 1),
                 "heads": sum(2 * m.weight.numel() for m in self.heads.modules() if isinstance(m, nn.Linear))}
 
@@ -494,7 +497,7 @@ def print_sizes():
                 (f"text, {T} ids", [m.text], flops["text"], lambda: m.encode_text(ids)),
                 (f"fusion, an image with {T} ids", fusion, flops["visual_tokens"] + flops["fuse_with_text"], lambda: m.fuse_with_text(visual, text, valid)),
                 ("... with 8 keywords", [], flops["fuse_with_keywords"], lambda: m.fuse_with_keywords(visual, words, seen)),
-                (f"word head, {T} ids", [m.lm_dense, m.lm_ln], flops["lm_logits"], lambda: m.lm_logits(text.new_zeros(1, T, visual.shape[2]))),
+                (f"word head, {T} ids", [m.lm_dense, m.lm_ln, m.lm_head], flops["lm_logits"], lambda: m.lm_logits(text.new_zeros(1, T, visual.shape[2]))),
                 ("SimSiam heads, a node", [m.heads], flops["heads"], lambda: m.heads(visual[:, 0], valid[0, :1])[0])]
         print(f"{name:32} {'parameters':>12} {'GFLOP':>9} {'weights':>10} {'to train':>10} {'kept for backward':>19}")
         for part, modules, f, run in rows:

@@ -47,7 +47,7 @@ class Objective(nn.Module):
         if self.softens or cfg.itc and cfg.queue or (cfg.cvta or cfg.mrtva) and cfg.cvta_select == "ema":
             spared = [model.heads, model.itm_head, model.fuse_keyword] + [model.vision] * cfg.freeze_vision
             if not (cfg.alpha and (cfg.mlm or cfg.plm)):
-                spared += [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln]
+                spared += [model.fuse_image, model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln, model.lm_head]
             # The momentum model [2, 6] is the model, without what it does not need. Nothing in it asks for gradients, so nothing it says has any.
             self.slow = copy.deepcopy(model, {id(part): nn.Identity() for part in spared}).requires_grad_(False)
         if cfg.itc and cfg.queue:

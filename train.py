@@ -79,10 +79,10 @@ class Config:
     cache: bool = False            # with a frozen tower: compute its features once, beside the shards, and train without pixels (no augmentation)
     workers: int = 1               # loader processes of each process
     ram: float = 2.0               # GB: decoded bags that each loader process keeps in memory; the built-in world needs 1.6
-    # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper
+    # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper, and in --preset paper
     itc: float = 1.0               # weight of image-text contrast; 0 removes a loss and its cost
     itm: float = 1.0               # ... image-text matching
-    mlm: float = 1.0               # ... masked language modelling
+    mlm: float = 0.25              # ... masked language modelling; at 1 the noise of the 50 words it masks a step drowns what PLM says
     plm: float = 1.0               # ... prefix language modelling
     cvta: float = 1.0              # ... cross-resolution visual-textual alignment
     mrtva: float = 1.0             # ... text-guided alignment of parents and children
@@ -98,9 +98,9 @@ class Config:
     queue: int = 0                 # its features of so many earlier patches are negatives of ITC (ALBEF: 65536); any number
     half_life: float = 4400        # it forgets half of itself every so many bags (ALBEF's 0.995 a step: every 138 steps)
     # optimiser
-    words: int = 200               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
-    steps: int = 660               # optimiser steps
-    lr: float = 2e-3               # peak learning rate (AdamW)
+    words: int = 100               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
+    steps: int = 640               # optimiser steps
+    lr: float = 3e-3               # peak learning rate (AdamW)
     lr_vision: float = 2.0         # factor on it for the vision tower
     lr_text: float = 0.1           # factor on it for the text tower
     warmup: int = 40               # steps of linear warm-up, then cosine to lr / 100
@@ -118,7 +118,7 @@ class Config:
     compile: bool = False          # torch.compile the step: worth it on a GPU, slower to start than it gains on a CPU
     log_every: int = 20            # steps
     save_every: int = 100          # steps
-    eval_every: int = 330          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
+    eval_every: int = 320          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
     evaluate: bool = True          # measure everything on data/test when training ends
     change: bool = False           # go on with a checkpoint although these settings are not those it was trained with
     wandb: str = ""                # project of Weights & Biases to send the log to (pip install wandb)
@@ -129,7 +129,7 @@ LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
 PRESETS = {
     "synthetic": {},
     "paper": dict(  # 400,000 bags x 50 epochs / 64
-        out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0, k_o=8, keywords=128,
+        out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0, k_o=8, keywords=128, mlm=1.0,
         cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, ram=0, words=0, steps=312_500, lr=1e-4, lr_vision=0.1,
         lr_text=0.1, warmup=2000, log_every=50, save_every=1000, eval_every=10_000),
 }
@@ -265,7 +265,7 @@ def learn_words(model, bags, tokenizer, cfg, context):
     schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
     parameters = list(model.text.parameters())
     if cfg.plm:
-        parameters += [p for part in (model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln) for p in part.parameters()] + [model.lm_bias]
+        parameters += [p for part in (model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln, model.lm_head) for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
     for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if networks.rank() == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each

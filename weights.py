@@ -242,10 +242,12 @@ def adopt_vision(model, vit):
 
 
 def adopt_text(model, tower):
-    """Copy CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own function untouched."""
+    """Copy CLIP's text tower into an MRPLIP, its embedding table grown by the [mask] id (the mean of all rows), CLIP's own function untouched. The
+    words that MLM and PLM answer with start as the same table."""
     state = dict(tower.state_dict())
     state["embed.weight"] = torch.cat([state["embed.weight"], state["embed.weight"].mean(0, keepdim=True)])           # [V + 1, D]
     _adopt(model.text, state, "text")
+    model.lm_head.weight.data.copy_(state["embed.weight"])
 
 
 def _adopt(module, state, what):

@@ -115,9 +115,10 @@ class Words:
 
 def chatty():
     m = tiny()
-    m.lm_bias.data.normal_(generator=torch.Generator().manual_seed(5)).mul_(0.1)
-    m.text.embed.weight.data.mul_(60)                     # so that captions differ between images and from word to word
-    m.lm_bias.data[48] = 6.0
+    m.lm_head.bias.data.normal_(generator=torch.Generator().manual_seed(5)).mul_(0.1)
+    for table in (m.text.embed, m.lm_head):
+        table.weight.data.mul_(60)                        # so that captions differ between images and from word to word
+    m.lm_head.bias.data[48] = 6.0
     return m
 
 
@@ -149,7 +150,7 @@ def test_captions_go_on_from_a_prefix_and_are_drawn_on_request():
     m, images = chatty(), torch.rand(4, 3, 32, 32)
     assert all(c.startswith("5 6 7") for c in m.caption(images, "5 6 7", tokenizer=Words()))
     assert m.caption(images, tokenizer=Words(), top_p=1e-9) == m.caption(images, tokenizer=Words())     # the likeliest alone
-    m.lm_bias.data[48] = 0
+    m.lm_head.bias.data[48] = 0
     draw = lambda seed: m.caption(images, tokenizer=Words(), top_p=0.95, generator=torch.Generator().manual_seed(seed), max_tokens=8)
     assert draw(0) == draw(0) != draw(1)
     assert all(len(Words().encode(c)) <= 15 for c in m.caption(images, tokenizer=Words(), max_tokens=99))   # the context is 16, start id included
@@ -257,9 +258,9 @@ def test_a_checkpoint_of_other_networks_is_one_sentence(run):
     (run / "ckpt.pt").write_bytes(b"cut")
     with pytest.raises(ValueError, match="ckpt.pt cannot be read"):
         subjects.load_run(run)
-    del state["model"]["lm_bias"]
+    del state["model"]["lm_head.bias"]
     torch.save(state, run / "ckpt.pt")
-    with pytest.raises(ValueError, match="ckpt.pt holds other networks than this code builds .*lm_bias"):
+    with pytest.raises(ValueError, match="ckpt.pt holds other networks than this code builds .*lm_head.bias"):
         subjects.load_run(run)
 
 

@@ -117,7 +117,7 @@ def test_every_distilled_module_follows_and_nothing_else_is_copied():
     every = {name.split(".")[0] for name, _ in small().named_parameters() if "scale" not in name}
     assert copied(alpha=0.4) == every - {"heads", "itm_head", "fuse_keyword"}
     assert copied(alpha=0.4, freeze_vision=True) == every - {"heads", "itm_head", "fuse_keyword", "vision"}
-    towers = {"vision", "text", "proj", "kind", "lm_bias"}
+    towers = {"vision", "text", "proj", "kind"}
     assert copied(queue=8) == copied(cvta_select="ema") == towers
     assert copied() is None and copied(alpha=0.4, itc=0.0, mlm=0.0, plm=0.0) is None and copied(queue=8, itc=0.0) is None
     assert copied(cvta_select="ema", cvta=0.0, mrtva=0.0) is None
