@@ -1,6 +1,6 @@
 """Train MR-PLIP: one column from settings to the last checkpoint. Run it as it is and it makes its own data first.
 
-    torchrun train.py                                              # the built-in world, two CPU cores, about eight minutes
+    torchrun train.py                                              # the built-in world, two CPU cores, about six minutes
     torchrun train.py --out runs/no_cvta --cvta 0                  # an ablation: a loss with weight 0 is not computed
     torchrun --nproc_per_node=8 train.py --preset paper --data bags --out runs/paper \\
         --vision uni/pytorch_model.bin --text quiltnet/open_clip_pytorch_model.bin --tokenizer bpe_simple_vocab_16e6.txt.gz
