@@ -79,7 +79,8 @@ def report(run, test, train, device="cpu"):
 
 def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
     """Features of test shards and, where there are any, of training shards -> namespace of both, or None where another process goes on. `base`, half as
-    many training bags as test bags, is what scores are centred on and probes learn from (a quarter where there are none); `gallery` what held-out parents look among and MIL learns from."""
+    many training bags as test bags, is what scores are centred on and probes learn from (a quarter where none do); `gallery` what held-out parents look
+    among and MIL learns from."""
     bags, train_bags = open_bags(test), open_bags(train) if train else None
     read, most = reader_for(subject, args.features), args.bags or (len(bags) if wanted == ("slide",) else 300)
     if bags.S != subject.model.vision.size and networks.rank() == 0:
