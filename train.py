@@ -263,9 +263,8 @@ def learn_words(model, bags, tokenizer, cfg, context):
         return
     valid, said = np.asarray(bags.valid), functools.lru_cache(4096)(lambda i: bags.captions(i, range(85)))
     schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
-    parameters = list(model.text.parameters())
-    if cfg.plm:
-        parameters += [p for part in (model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln, model.lm_head) for p in part.parameters()]
+    speech = [model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln, model.lm_head] if cfg.plm else []
+    parameters = list(nn.ModuleList([model.text, *speech]).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
     for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if networks.rank() == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each
