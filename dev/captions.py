@@ -39,7 +39,7 @@ def count(net, tokenizer, bags):
     found, captions, some = {}, Counter(), range(2, len(bags), 6)
     pyramids = [data.pyramid(bags[i]["image"][None])[0] for i in some]                 # of each bag [85, 3, S, S]
     for node, (magnification, fact) in NODES.items():
-        shown = [(i, p[node], bags.captions(i)[node]) for i, p in zip(some, pyramids) if bags[i]["valid"][node]]
+        shown = [(i, p[node], bags.captions(i, [node])[0]) for i, p in zip(some, pyramids) if bags.valid[i, node]]
         images, told = torch.stack([p for _, p, _ in shown]), [c for *_, c in shown]
         true = [bags.truth(i)[node][fact] for i, *_ in shown]
         patches = [0, 0, 0]
