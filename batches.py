@@ -132,10 +132,15 @@ class Batches(Dataset):
         return bag * N + torch.stack(best, 1)[bag, level]
 
     def _lots(self, g):
-        """Uniform numbers in [0, 1) for what is drawn per row: MLM's masks, PLM's prefix, ITM's negatives."""
+        """Uniform numbers in [0, 1) for what is drawn per row: MLM's masks, PLM's prefix, ITM's negatives.
+
+        The masks get a column more than any caption has ids. A slice of all columns would be the tensor itself,
+        and the compiler would take its length for fixed."""
         M = self.rows()
         mine = slice(self.rank * M, self.rank * M + M)
-        return {name: torch.rand(M * self.world, *shape, generator=g)[mine] for name, shape in (("lot_mask", (3, self.context)), ("lot_prefix", ()), ("lot_negative", (2,)))}
+        shapes = {"lot_mask": (3, self.context), "lot_prefix": (), "lot_negative": (2,)}
+        lots = {name: torch.rand(M * self.world, *shape, generator=g)[mine] for name, shape in shapes.items()}
+        return lots | {"lot_mask": torch.nn.functional.pad(lots["lot_mask"], (0, 1))}
 
     def _words(self, index, captions):
         """The textual bags: tensors about the keywords of each bag, and every distinct keyword once."""

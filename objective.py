@@ -101,7 +101,7 @@ class Objective(nn.Module):
                 turns [B] and stain [B, 2, 3] where they are to be turned and stained.   Or tokens [B, N, V, Dv], cached features
         valid   [B, N] bool   not blank, magnification present       ids   [B, N, T]   caption of each node
         bag     [B]    number of the bag in the data: kin have equal ones
-        pairs   [M]    the nodes, of B N, that ITM, MLM and PLM read; uniform numbers for their draws, lot_mask [M, 3, context],
+        pairs   [M]    the nodes, of B N, that ITM, MLM and PLM read; uniform numbers for their draws, lot_mask [M, 3, context + 1],
                 lot_prefix [M], lot_negative [M, 2]
         keywords [U, T] every distinct keyword once       bag_of  [B, K]  which of them a bag's keywords are
         word    [B, K] a number for each keyword, equal where keywords are       w_valid [B, K] bool  not padding
