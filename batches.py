@@ -176,13 +176,16 @@ def cut(bags, nodes, window=None):
 
 
 def augment(batch, jitter):
-    """batch -> its patches [B, N, 3, S, S] in [0, 1], cut from the bags, turned, mirrored and stained, on whatever device they are."""
+    """batch -> its patches [B, N, 3, S, S] in [0, 1], cut from the bags, turned, mirrored and stained, on whatever device they are.
+
+    In fp32 also under autocast: colours and coordinates have more digits than bf16."""
     patches = batch["pixels"]
-    if patches.dim() == 4:
-        patches = cut(patches, batch["nodes"], batch.get("window"))
-    if "turns" in batch:
-        patches = data.turn(patches, batch["turns"])
-    return data.stain_jitter(patches, jitter, batch["stain"]) if "stain" in batch else patches
+    with torch.autocast(patches.device.type, enabled=False):
+        if patches.dim() == 4:
+            patches = cut(patches, batch["nodes"], batch.get("window"))
+        if "turns" in batch:
+            patches = data.turn(patches, batch["turns"])
+        return data.stain_jitter(patches, jitter, batch["stain"]) if "stain" in batch else patches
 
 
 def ahead(loader, device):

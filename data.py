@@ -405,7 +405,8 @@ def cut(sums, b=4, nodes=None):
 
     `nodes` [B,N] from `sample_nodes` picks which to cut; without it, the first b children everywhere."""
     nodes = sample_nodes(1, b, first=True) if nodes is None else nodes
-    same = len(nodes) == 1                                # for all bags: slices will do, several times faster than an index per bag
+    # One row of nodes for all bags: slices will do, several times faster than an index per bag. Not where the host would wait for the numbers.
+    same = len(nodes) == 1 and nodes.device.type == "cpu"
     b, (B, _, S, _), device = {4: 1, 15: 2, 40: 3, 85: 4}[nodes.shape[1]], sums[0].shape, sums[0].device
     bag, white = torch.arange(B, device=device)[:, None], 1 if sums[3].is_floating_point() else 255
     patches = torch.empty(B, nodes.shape[1], 3, S, S, device=device)

@@ -95,6 +95,23 @@ def test_augmentation_on_the_device_is_that_of_the_loader(parts):
     assert torch.equal(augment(plain, 0.0), plain["pixels"]) and torch.equal(plain["pixels"], batch["pixels"])
 
 
+def test_one_bag_is_cut_without_waiting_for_the_device():
+    """Read back on the host, its node numbers would stop a GPU at each step; on the meta device there is nothing to read."""
+    whole = torch.empty(1, 3, 128, 128, dtype=torch.uint8, device="meta")
+    assert data.pyramid(whole, nodes=torch.empty(1, 15, dtype=torch.long, device="meta")).shape == (1, 15, 3, 16, 16)
+
+
+def test_augmentation_keeps_its_digits_under_autocast(parts):
+    bags, tokenizer = parts
+    cfg = train.parse(["--bags", "4", "--children", "2", "--scale_jitter", "0.3"])
+    whole = Batches(bags, tokenizer, dataclasses.replace(cfg, device="cuda"), 64)[1]
+    exact = augment(whole, cfg.jitter)
+    with torch.autocast("cpu", torch.bfloat16):
+        patches = augment(whole, cfg.jitter)
+    assert patches.dtype == torch.float32 and torch.equal(patches, exact)
+    assert len(patches[:, 0].unique()) > 5000                                          # bf16 has some 200 numbers for a patch
+
+
 def test_bags_kept_in_memory_change_nothing(parts):
     bags, tokenizer = parts
     cfg, decoded = train.parse(["--bags", "4", "--children", "2", "--steps", "9"]), []
