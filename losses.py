@@ -48,7 +48,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """grad [W M, ...] -> [M, ...]."""
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)                       # NCCL takes no other
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
 
@@ -226,7 +226,7 @@ def select_keywords(v, w, k_o, w_valid, own=None):
 
 
 @in_fp32
-def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, word=None, near=None):
+def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, word=None, near=None, own=None):
     """CVTA [1, equation of section 3.2]: v [B, N, d] patches, w [B, K, d] keywords of the bag -> scalar.
 
         L = - mean_a  1/|P(a)|  sum_{b in P(a)}  [ s_ab - log sum_{b'} exp s_ab' ],     s_ab = cos(v_a, w_b) / tau
@@ -238,6 +238,8 @@ def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, word=None, near=None):
     selected: (index, ok) of `select_keywords`; None selects by cosine, as the paper does.
     near: keywords whose cosine to a positive is above it say the same in other words: unless positives themselves, they leave
     the sum over b'. None keeps all.
+    own [B, N, K]: keywords that the node's caption names and that it is bound to. Those that are not among its positives are
+    true all the same, so they leave the sum over b' like the near ones. None keeps them.
     word [B, K]: ids of the keywords, equal where they are. The sum over b' then runs over those of all bags and processes, each
     counted once; None keeps it inside the bag, as the paper does."""
     index, ok = select_keywords(v, w, k_o, w_valid) if selected is None else selected  # [B, N, k_o]
@@ -253,11 +255,15 @@ def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, word=None, near=None):
     with torch.no_grad():
         chosen = torch.zeros_like(s[..., :K]).scatter_add(2, index, ok.to(s.dtype))    # [B, N, K]
         positive = torch.zeros_like(s).scatter_add(2, at, ok.to(s.dtype)) > 0          # [B, N, L]
-        dropped = ~listed[:, None, :]                                                  # [1 or B, 1, L]
-        if near is not None or word is not None:
-            alike = w @ table.transpose(1, 2) > near if near is not None else False    # [B, K, L]
-            alike = (alike if word is None else alike | (word[:, :, None] == ids)).to(s.dtype)
-            dropped = dropped | (chosen @ alike > 0) & ~positive
+        # What is true of a node is no negative, nor are its copies in other bags and what says the same in other words.
+        true = chosen if own is None else chosen + (own & w_valid[:, None]).to(s.dtype)   # [B, N, K]
+        if word is None:
+            alike = torch.eye(K, dtype=torch.bool, device=s.device)[None]              # [1, K, L]
+        else:
+            alike = word[:, :, None] == ids                                            # [B, K, L]
+        if near is not None:
+            alike = alike | (w @ table.transpose(1, 2) > near)
+        dropped = ~listed[:, None, :] | (true @ alike.to(s.dtype) > 0) & ~positive     # [B, N, L]
     other = s if word is None else torch.where(positive, s, s - copies.clamp(min=1).log())
     picked = (s.gather(2, at) - other.masked_fill(dropped, -1e4).logsumexp(-1, keepdim=True)) * ok     # [B, N, k_o]
     rows = -picked.sum(-1) / ok.sum(-1).clamp(min=1)                                   # [B, N]

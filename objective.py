@@ -27,7 +27,7 @@ from model import text_valid
 
 def take(x, index):
     """x[index], any shapes. But where an index repeats, the gradient of that is added up by several threads in whatever order they come, and
-    two runs would differ in their last bits; that of an embedding is not."""
+    two runs would differ in their last bits; that of an embedding is not (on a CPU; compiled for a GPU it is added up in any order, too)."""
     return F.embedding(index, x.flatten(1)).view(*index.shape, *x.shape[1:])
 
 
@@ -186,7 +186,9 @@ class Objective(nn.Module):
             choose_v, choose_w = slow_v.view(B, N, -1), slow.encode_text(batch["keywords"])[batch["bag_of"]]
         index, chosen = losses.select_keywords(choose_v, choose_w, cfg.k_o, batch["w_valid"], batch["own"] | batch["free"][..., None])    # [B, N, k_o]
         if cfg.cvta:
-            out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen), batch["word"] if cfg.cvta_negatives == "batch" else None, losses.NEAR)
+            word = batch["word"] if cfg.cvta_negatives == "batch" else None
+            bound = batch["own"] & ~batch["free"][..., None]                           # [B, N, K] named by the caption of a node that may choose no others
+            out["cvta"] = losses.cvta(v, w, cfg.k_o, tau_cvta, weight, batch["w_valid"], (index, chosen), word, losses.NEAR, bound)
             monitor["tau_cvta"] = tau_cvta.detach()
         if cfg.mrtva:
             picked = w.gather(1, index.flatten(1)[..., None].expand(-1, -1, w.shape[-1])).view(B * N, cfg.k_o, -1)   # [BN, k_o, d]

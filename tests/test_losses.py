@@ -17,8 +17,8 @@ def unit(*shape, seed=0):
 
 # ---- CVTA -------------------------------------------------------------------------------------------------------------
 
-def cvta_numpy(v, w, k_o, tau, v_valid, w_valid, own=None, near=None, word=None):
-    """The equation of section 3.2, with loops."""
+def cvta_numpy(v, w, k_o, tau, v_valid, w_valid, own=None, near=None, word=None, bound=None):
+    """The equation of section 3.2, with loops; bound: keywords that are no negatives, positives or not."""
     cos = lambda x, y: x @ y / (np.linalg.norm(x) * np.linalg.norm(y))
     total, weight = 0.0, 0.0
     for b in range(len(v)):
@@ -35,8 +35,9 @@ def cvta_numpy(v, w, k_o, tau, v_valid, w_valid, own=None, near=None, word=None)
             allowed = [k for k in listed if own is None or own[b, a, k]]
             positives = sorted(allowed, key=lambda k: (-cos(v[b, a], w[b, k]), k))[:k_o]
             if positives and v_valid[b, a]:
-                kept = [(i, k) for i, k in others if i == b and k in positives
-                        or near is None or all(cos(w[i, k], w[b, p]) <= near for p in positives)]
+                true = positives + [k for k in listed if bound is not None and bound[b, a, k]]
+                kept = [(i, k) for i, k in others if i == b and k in positives or not (i == b and k in true)
+                        and (near is None or all(cos(w[i, k], w[b, p]) <= near for p in true))]
                 norm = np.log(sum(np.exp(cos(v[b, a], w[i, k]) / tau) for i, k in kept))
                 total += float(v_valid[b, a]) * -np.mean([cos(v[b, a], w[b, p]) / tau - norm for p in positives])
                 weight += float(v_valid[b, a])
@@ -58,11 +59,12 @@ def test_cvta_equals_numpy(k_o, own, near, batch):
     w[0, 0] = w[0, 4] + 0.1 * w[0, 1]  # near-duplicates
     mine = torch.rand(3, 15, 7, generator=g) < 0.4
     selected = losses.select_keywords(v, w, k_o, w_valid, mine if own else None)
-    got = losses.cvta(v, w, k_o, 0.07, v_valid, w_valid, selected, word if batch else None, near)
+    bound = mine & (torch.arange(15) % 2 == 0)[:, None] if own else None                # half of the nodes are bound to their captions
+    got = losses.cvta(v, w, k_o, 0.07, v_valid, w_valid, selected, word if batch else None, near, bound)
     assert got.item() == pytest.approx(cvta_numpy(v.numpy(), w.numpy(), k_o, 0.07, v_valid.numpy(), w_valid.numpy(),
-                                                  mine.numpy() if own else None, near, word.numpy() if batch else None), abs=1e-9)
+                                                  mine.numpy() if own else None, near, word.numpy() if batch else None, bound if bound is None else bound.numpy()), abs=1e-9)
     if near is None and not batch:  # and in the precision that training has
-        assert losses.cvta(v.float(), w.float(), k_o, 0.07, v_valid.float(), w_valid, selected).item() == pytest.approx(got.item(), rel=1e-6)
+        assert losses.cvta(v.float(), w.float(), k_o, 0.07, v_valid.float(), w_valid, selected, own=bound).item() == pytest.approx(got.item(), rel=1e-6)
 
 
 def test_near_duplicates_are_no_negatives_but_may_be_positives():
@@ -73,6 +75,16 @@ def test_near_duplicates_are_no_negatives_but_may_be_positives():
     assert loss(1, None) == pytest.approx((s.logsumexp(0) - s[0]).item(), abs=1e-6)
     assert loss(1, 0.95) == pytest.approx((s[[0, 2, 3]].logsumexp(0) - s[0]).item(), abs=1e-6)
     assert loss(2, 0.95) == pytest.approx((s.logsumexp(0) - s[:2].mean()).item(), abs=1e-6)
+
+
+def test_keywords_of_the_own_caption_are_no_negatives_while_a_node_is_bound_to_it():
+    v, w = torch.tensor([[[0.8, 0.6, 0.0]]]).repeat(2, 1, 1), torch.eye(3)[None].repeat(2, 1, 1)
+    own, ok = torch.tensor([[[True, True, False]]]).repeat(2, 1, 1), torch.ones(2, 3, dtype=torch.bool)
+    selected, s = losses.select_keywords(v, w, 1, ok, own), torch.tensor([0.8, 0.6, 0.0]) / 0.5
+    loss = lambda word, own: losses.cvta(v, w, 1, 0.5, torch.ones(2, 1), ok, selected, word, own=own).item()
+    for word in (None, torch.tensor([[0, 1, 2], [0, 1, 2]])):                          # those of the other bag are copies
+        assert loss(word, own) == pytest.approx((s[[0, 2]].logsumexp(0) - s[0]).item(), abs=1e-6)
+        assert loss(word, None) == pytest.approx((s.logsumexp(0) - s[0]).item(), abs=1e-6)
 
 
 def test_the_same_keyword_of_another_bag_is_no_negative_and_counts_once():

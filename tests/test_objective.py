@@ -247,7 +247,8 @@ def test_the_objective_term_by_term(monkeypatch):
         expected["mlm"], expected["plm"] = mean(hidden), mean(guessed)
         w = m.encode_text(b["keywords"])[b["bag_of"]]
         allowed = b["own"] | b["free"][:, :, None]
-        expected["cvta"] = cvta_numpy(array(v.view(4, 15, -1)), array(w), 3, tau_cvta, array(weight.view(4, 15)), b["w_valid"].numpy(), allowed.numpy(), losses.NEAR)
+        expected["cvta"] = cvta_numpy(array(v.view(4, 15, -1)), array(w), 3, tau_cvta, array(weight.view(4, 15)), b["w_valid"].numpy(), allowed.numpy(), losses.NEAR,
+                                       bound=(b["own"] & ~b["free"][:, :, None]).numpy())
         z = []
         for i in range(60):
             bag_no, cos = i // 15, w[i // 15] @ v[i]
