@@ -151,6 +151,13 @@ def reads_text(subject, what):
         raise ValueError(f"{subject.name} has no text tower, and {what} compares images with texts: give a run or --clip FILE; probe and finetune need no text")
 
 
+def nearest(v, w, k_o):
+    """The k_o keywords closest to each image: v [N, d], w [K, d], normalised -> numbers [N, k_o]. In fp32 also under
+    autocast: in bf16 many keywords would be equally near."""
+    with torch.autocast(v.device.type, enabled=False):
+        return (networks.full(v) @ networks.full(w).T).topk(min(k_o, len(w)), dim=1).indices
+
+
 def reader(model, w=None, k_o=8):
     """-> function of images [N, 3, S, S] in [0, 1] to the features a protocol can ask for: backbone [N, Dv], the class token as it is; projected [N,
     d], normalised, what texts are compared with; and with keyword features w [K, d] text_guided [N, D], the paper's z: fusion reads the image and its
@@ -163,7 +170,7 @@ def reader(model, w=None, k_o=8):
             tokens = model.vision(images)
             out = {"backbone": networks.full(tokens[:, 0]), "projected": model.project(tokens)}
             if w is not None:
-                near = (out["projected"] @ w.T).topk(min(k_o, len(w)), dim=1).indices  # [N, k_o]
+                near = nearest(out["projected"], w, k_o)                               # [N, k_o]
                 z = model.fuse_with_keywords(model.visual_tokens(model.pooled(tokens)), w[near], torch.ones_like(near, dtype=torch.bool))
                 out["text_guided"] = networks.full(z)
         return out

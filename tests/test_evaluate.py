@@ -124,6 +124,14 @@ def test_the_probe_is_scikit_learns():
     assert np.allclose(supervised.logistic(x + 50, y, x[:3] + 50, 3), golden, atol=1e-5)         # far from the origin it is as hard to find, and the same
 
 
+def test_the_keywords_of_a_patch_are_chosen_in_fp32():
+    g = torch.Generator().manual_seed(0)
+    v, w = (torch.nn.functional.normalize(torch.randn(n, 64, generator=g), dim=-1) for n in (16, 2000))
+    with torch.autocast("cpu", torch.bfloat16):
+        near = subjects.nearest(v, w, 8)
+    assert torch.equal(near, (v @ w.T).topk(8, dim=1).indices)
+
+
 def test_prototypes_and_neighbours_by_hand():
     x0, y0 = np.array([[0., 1], [0, 1], [1, 0], [1, 0]]), np.array([0, 0, 1, 1])
     x1 = np.array([[0.1, 0.9], [0.9, 0.2]])
