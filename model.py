@@ -283,9 +283,10 @@ class StemNorm(nn.BatchNorm2d):
 
     def forward(self, x):
         """x [N, D, h, w] -> the same."""
-        y, world = full(x), world_size()
+        world = world_size()
         if not self.training or world == 1:
             return super().forward(x)
+        y = full(x)
         mean = _all_sum(y.mean((0, 2, 3))) / world                                     # [D]
         var = _all_sum((y - mean[:, None, None]).square().mean((0, 2, 3))) / world
         with torch.no_grad():

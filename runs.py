@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 import data
 
 # Settings that may change when a run goes on: they decide how and where it runs, not what it computes (weights files: they are in the checkpoint).
-FREE = ("out", "data", "vision", "text", "tokenizer", "device", "compile", "workers", "log_every", "save_every", "eval_every", "evaluate", "wandb", "change", "preset")
+FREE = ("out", "data", "vision", "text", "tokenizer", "device", "compile", "workers", "ram", "log_every", "save_every", "eval_every", "evaluate", "wandb", "change", "preset")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -215,14 +215,18 @@ def learning_rate(step, cfg):
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def decays(name, p):
+    """Does weight decay pull at this parameter? At matrices, but not at norms, biases, temperatures, positions."""
+    return p.ndim >= 2 and not name.endswith((".pos", ".cls", "kind"))
+
+
 def make_optimizer(model, cfg, device):
-    """AdamW over four groups: towers have their own rate, and vectors, norms, temperatures and positions no decay."""
+    """AdamW over groups: towers have their own rate, and vectors, norms, temperatures and positions no decay."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             factor = cfg.lr_vision if name.startswith("vision.") else cfg.lr_text if name.startswith("text.") else 1.0
-            decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith((".pos", ".cls", "kind")) else 0.0
-            groups.setdefault((factor, decay), []).append(p)
+            groups.setdefault((factor, cfg.weight_decay * decays(name, p)), []).append(p)
     return torch.optim.AdamW([{"params": ps, "factor": f, "weight_decay": d} for (f, d), ps in groups.items()],
                              lr=cfg.lr, betas=(0.9, 0.98), fused=True)
 
@@ -241,16 +245,19 @@ def build_model(cfg, tokenizer, pretrained=True):
 
 
 def freeze(vision, device):
-    """Stop a tower from learning; on a GPU its weights go to bf16, for casting them at every call would cost half as much again."""
+    """Stop a tower from learning; on a GPU the weights of its products go to bf16, for casting them at every call would cost half as much again.
+
+    Positions, class token, norms and LayerScale stay in fp32: with them the sum that runs through the blocks does, too."""
     vision.requires_grad_(False).eval()
     if device == "cuda":
-        for p in vision.parameters():  # parameters only: the pixel statistics keep their digits
-            p.data = p.data.to(torch.bfloat16)
+        for layer in vision.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.to(torch.bfloat16)
 
 
 def learn_words(model, bags, tokenizer, cfg, context):
-    """Before any image: captions against captions (two of one slide and magnification attract, those of other slides repel), and
-    of a third of them the next word, through fusion without an image.
+    """Before any image: captions against captions (two of one slide and magnification attract, all others repel: those of
+    other slides and those of other magnifications of the same slide), and of a third of them the next word, through fusion without an image.
 
     The paper starts from a text tower that has read a million captions. From nothing, text and images learn together badly:
     kinds the images cannot tell apart yet become one in the text too, and then no gradient is left to part them; and the
@@ -264,8 +271,12 @@ def learn_words(model, bags, tokenizer, cfg, context):
     valid, said = np.asarray(bags.valid), functools.lru_cache(4096)(lambda i: bags.captions(i, range(85)))
     schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
     speech = [model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln, model.lm_head] if cfg.plm else []
-    parameters = list(nn.ModuleList([model.text, *speech]).parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
+    groups = {True: [], False: []}
+    for name, p in nn.ModuleList([model.text, *speech]).named_parameters():
+        groups[decays(name, p)].append(p)
+    parameters = groups[True] + groups[False]
+    optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": cfg.weight_decay * decay} for decay, ps in groups.items()],
+                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
     for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if networks.rank() == 0 else True, dynamic_ncols=True):
         pair = ([], [])                                                                # M = slides * 4 captions each
         for slide in rng.permutation(len(slides))[:32]:
@@ -304,13 +315,19 @@ def mark_lengths(batch):
 
 @torch.no_grad()
 def validate(objective, batches, device, autocast, most=4):
-    """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}. The objective is
-    in eval mode: nothing is enqueued, and batch norms of the tower use their averages. CVTA and MRTVA are those before the hand-over, with keywords of the own captions, and targets are
-    not softened: then the numbers can be compared over the whole run."""
+    """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}.
+
+    The objective is in eval mode: nothing is enqueued, and batch norms of the tower use their averages. CVTA and
+    MRTVA take keywords of the own captions, and no target is softened. Held-out bags get numbers of their own, or those
+    of the training bags in the queue would pass for kin. So the numbers can be compared over the whole run; ITC's
+    only once the queue is full, for each slot is a negative more."""
     total, n = 0, min(most, max(1, len(batches.bags) // (batches.local * batches.world)))
     for i in range(n):
+        batch = {k: x.to(device) for k, x in batches[i].items()}
+        batch["alpha"], batch["free"] = torch.zeros_like(batch["alpha"]), torch.zeros_like(batch["free"])
+        batch["bag"] = batch["bag"] + 2 ** 40
         with autocast:
-            parts, _ = objective({k: x.to(device) for k, x in batches[i].items()})
+            parts, _ = objective(batch)
         total = total + torch.stack([*parts.values()])
     mean = dict(zip(parts, losses.all_mean(total / n).tolist()))
     return {"val_loss": sum(getattr(objective.cfg, k) * x for k, x in mean.items()), **{f"val_{k}": x for k, x in mean.items()}}

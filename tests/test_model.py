@@ -42,6 +42,11 @@ def test_batch_norm_equals_torch_on_the_valid_rows():
     assert torch.allclose(ours(wild, valid)[valid], ours(x, valid)[valid], atol=1e-5)
 
 
+def test_the_stem_does_not_copy_what_one_process_normalises(monkeypatch):
+    monkeypatch.setattr(networks, "full", lambda x: pytest.fail("a copy in fp32 that nothing reads"))
+    assert networks.StemNorm(4)(torch.rand(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+
+
 def test_text_tower_pools_at_the_first_end_and_ignores_padding():
     m = tiny()
     ids = torch.tensor([[47, 3, 4, 48, 0, 0, 0, 0], [47, 5, 48, 0, 0, 0, 0, 0]])

@@ -149,6 +149,53 @@ def test_a_frozen_tower_enters_neither_optimiser_nor_buckets(world, tmp_path):
     assert {k for k in after if torch.equal(after[k], before[k])} == {k for k in after if k.startswith("vision.")}    # batch norm's averages too
 
 
+def test_a_frozen_tower_keeps_its_sums_in_fp32(monkeypatch):
+    """On a GPU the weights of its products are bf16, but nothing that is added to what runs through the blocks."""
+    model = train.build_model(train.Config(), train.text.Tokenizer.train(["a sheet of cells"] * 3, 600))
+    train.freeze(model.vision, "cuda")                                                 # weights only, the device does not matter
+    products = {id(p) for m in model.vision.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) for p in m.parameters()}
+    assert all(p.dtype == (torch.bfloat16 if id(p) in products else torch.float32) for p in model.vision.parameters())
+    seen = []
+    model.vision.blocks[0].register_forward_hook(lambda *x: seen.append(x[2].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.see(torch.rand(2, 3, 64, 64))
+    assert seen == [torch.float32]
+
+
+def test_validation_is_the_same_at_every_step(world):
+    """No soft targets, no hand-over, and held-out bags are not kin of the training bags in the queue, whose numbers they share."""
+    test = train.data.BagDataset(world / "test")
+    tokenizer = train.text.Tokenizer.train([c for i in range(len(test)) for c in test.captions(i) if c], 600)
+    fields = ["--bags", "1", "--alpha", "0.4", "--queue", "8"]
+
+    def losses_of(*more, bag=0):
+        cfg = train.parse(fields + list(more))
+        torch.manual_seed(0)
+        objective = Objective(train.build_model(cfg, tokenizer), cfg)
+        for x in (objective.queue_v, objective.queue_t):
+            x.copy_(torch.nn.functional.normalize(torch.randn(x.shape), dim=-1))
+        objective.queue_bag[:8] = bag
+        objective.eval()
+        return train.validate(objective, train.Batches(test, tokenizer, cfg, 64), "cpu", torch.autocast("cpu", enabled=False))
+    usual = losses_of()
+    assert losses_of(bag=10 ** 6) == usual                                             # bags 0 and 1 are held out; so may be numbers of training
+    assert losses_of("--warm", "0", "--hand", "0") == usual
+    assert losses_of("--alpha", "0.1") == usual
+
+
+def test_words_first_decay_no_norms(monkeypatch):
+    made, usual = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *x, **more: made.append(usual(*x, **more)) or made[-1])
+    bags = types.SimpleNamespace(slides=["a", "b"], captions=lambda i, nodes: ["a gland"] * len(nodes), valid=[torch.ones(85, dtype=torch.bool)] * 2)
+    tokenizer = train.text.Tokenizer.train(["a sheet of cells"] * 3, 300)
+    cfg = train.parse(["--words", "1"])
+    model = train.build_model(cfg, tokenizer)
+    train.learn_words(model, bags, tokenizer, cfg, 64)
+    spared = {id(p) for group in made[0].param_groups if not group["weight_decay"] for p in group["params"]}
+    learning = {id(p) for group in made[0].param_groups for p in group["params"]}
+    assert spared == {id(p) for n, p in model.named_parameters() if id(p) in learning and (p.ndim < 2 or n.endswith(".pos"))} != set()
+
+
 def test_words_first_learn_which_words_mean_the_same():
     pairs = ["gland acinus", "nest island", "cord trabecula", "papilla frond", "sheet diffuse", "spindle fascicle", "mucin vacuole", "fat adipose"]
     captions = [[f"the image shows {p.split()[(n + i) % 2]}" for n in range(85)] for p in pairs for i in range(2)]  # never both words in one caption
@@ -235,7 +282,7 @@ def test_a_request_is_granted_and_the_next_process_goes_on(world, tmp_path):
 
 def test_checkpoint_of_other_settings_is_refused_and_a_broken_one_falls_back(world, tmp_path, capsys):
     train.main(["--data", str(world), "--out", str(tmp_path / "r"), "--steps", "2", "--save_every", "1", "--lr", "0.002", *SMALL])
-    other = train.parse(["--out", str(tmp_path / "r"), "--steps", "2", "--lr", "0.5", *SMALL])
+    other = train.parse(["--out", str(tmp_path / "r"), "--steps", "2", "--lr", "0.5", "--ram", "0.1", *SMALL])      # less memory is no other run
     state, path = runs.read_checkpoint(tmp_path / "r")
     with pytest.raises(ValueError, match=r"ckpt.pt was trained with other settings \(lr 0.002 -> 0.5\)"):
         runs.check_settings(state, path, other)
