@@ -252,7 +252,8 @@ def freeze(vision, device):
     if device == "cuda":
         for layer in vision.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                layer.to(torch.bfloat16)
+                for p in layer.parameters():
+                    p.data = p.data.to(torch.bfloat16)
 
 
 def learn_words(model, bags, tokenizer, cfg, context):
