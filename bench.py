@@ -1,7 +1,7 @@
 """What each stage costs, beside its limit or beside a peer, measured in the same run and given as ratios.
 
     python bench.py                    # one table: every stage of a step of the paper preset, about nine minutes on two CPU cores
-    python bench.py gpu                # on one GPU, in ten minutes: the same table, eager, compiled, cached and pool=0 beside each other, a profile; then model and losses
+    python dev/gpu.py                  # on one GPU instead: rows of their own, in the order in which they are wanted
     python bench.py data losses        # only these, in detail
     python bench.py data --side 16384  # on a larger slide (8 GB of memory to paint it)
 
@@ -317,20 +317,13 @@ def bench_step(folder, device, size="paper"):
 
     # The whole step, as the loop has it
     cached = {k: x for k, x in batch.items() if k not in ("pixels", "turns", "stain")} | {"tokens": torch.rand(B, N, 1 + m.pool ** 2, m.vision.width, device=device, dtype=torch.float16)}
-    networks.SIZES["pool=0"] = dict(networks.SIZES[size], fusion=dict(networks.SIZES[size]["fusion"], pool=0))
     cases = {"step": (size, batch, False), "step, cached features": (size, cached, False)}
-    if gpu:
-        cases |= {"step, compiled": (size, batch, True), "step, compiled, cached features": (size, cached, True), "step, compiled, pool=0": ("pool=0", batch, True)}
     for name, (which, inputs, compiled) in cases.items():
         pair = (objective, optimizer) if which == size else new(which)
         run = step(*pair, inputs, compiled)
         times = interleaved({"matmul": limits["matmul"], name: run}, 8 if gpu else 2)
         seconds["matmul"] = times["matmul"]
         show(f"{name}, forward + backward + optimiser", times[name], pair[0].flops(inputs), "matmul", f"{B / statistics.median(times[name]):.2f} bags/s, {runs.memory(device):.1f} GB")
-        if gpu and name == "step, compiled":
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                run()
-            print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=10, max_name_column_width=70))
 
     # ... and how long it waits for data, with a loader of its own
     loader = batches_.ahead(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=cfg.workers, pin_memory=gpu, prefetch_factor=2), device)
@@ -399,19 +392,17 @@ def bench_losses(folder, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="gpu, or any of step (the default), data, caption, model, losses")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="any of step (the default), data, caption, model, losses")
     parser.add_argument("--side", type=int, default=8192, help="pixels, of the slide that `data` reads")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = {"step": lambda: bench_step(folder, device), "data": lambda: bench_data(folder, args.side), "caption": lambda: bench_caption(folder), "model": lambda: bench_model(device),
               "losses": lambda: bench_losses(folder, device)}
     wanted = args.stages or ["step"]
-    if wanted == ["gpu"]:
-        if device != "cuda":
-            raise ValueError("torch finds no GPU here: install a CUDA build of it, or run `python bench.py`")
-        wanted = ["step", "model", "losses"]
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the loop has it
     if unknown := set(wanted) - set(stages):
-        raise ValueError(f"unknown stage {unknown.pop()!r}; there are gpu, {', '.join(stages)}")
+        raise ValueError(f"unknown stage {unknown.pop()!r}; there are {', '.join(stages)}")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         for stage in wanted:

@@ -194,7 +194,7 @@ def step(fake, cfg, model, optimizer, objective, batch):
 def main(folder):
     """Print all cases, a line of JSON each: its name, what was raised or "", types of what is fp32.
 
-    Each runs in a fork, and nothing is collected: torch crashes when tensors of such a device are."""
+    Each runs in a fork, and nothing is collected: torch crashes when such tensors are."""
     gc.disable()
     kept, itc = register_gpu(), losses.itc
 
