@@ -1,517 +1,578 @@
-"""Measure a model: ours or any public CLIP or ViT, on our shards, on folders and tables of labelled pictures, on slide files.
+"""Measure a run on its own data: zero-shot, retrieval and a linear probe, all with intervals.
 
-    python evaluate.py report    RUN                                 # all that needs no training of a network -> results.json, PNGs, report.html
-    python evaluate.py zeroshot  RUN --data NCT-CRC/ [--levels --mpp 0.5]      # classes by prompts; at 5x, 10x, 20x, 40x and merged
-    python evaluate.py slide     RUN [SLIDE ... --classes nsclc]     # MI-Zero; from slide files heatmaps and outlines too; from shards also attention MIL
-    python evaluate.py probe     RUN --data index.csv                # logistic regression, prototypes, 20 neighbours, few-shot on frozen features
-    python evaluate.py finetune  RUN --data index.csv                # the whole tower
-    python evaluate.py retrieval RUN                                 # image <-> caption, re-ranked by image-text matching; patch -> slides of its diagnosis
-    python evaluate.py segment   RUN --data masks.csv --classes FILE # Dice of zero-shot windows, and of a linear decoder of patch tokens
-    python evaluate.py heatmap   RUN SLIDE "signet ring cells" --out map.png   # and map.geojson for QuPath
+    python evaluate.py RUN                  # on the run's own data -> RUN/results.json and tables
+    python evaluate.py RUN --data SHARDS    # on other shards       -> RUN/NAME/results.json
 
-RUN is a folder of train.py; instead of it: --clip FILE [--quick-gelu] --tokenizer FILE, or --vit FILE; or the words `random` (untrained weights) and
-`pixels` (the picture itself), below which no number means anything. --data is by default the run's own. torchrun shares the reading of bags, pictures
-and slides; what is computed from features, fine-tuning and segmentation, the first process does alone.
+SHARDS holds test/ and train/ with shards of data.py, or is itself a folder of shards. Two kinds of
+files say what can be asked. A lab writes its own; prepare/world.py writes those of its world.
 
-The protocols are functions of features and labels: zeroshot.py (no labels to learn from), supervised.py, segment.py, with metrics.py below them.
-subjects.py has the models, datasets.py the pictures, report.py what becomes of the results. Here is what is measured on what.
+    SHARDS/classes.json   {"facts": {fact: {class: [names]}}, "templates": ["{}", "image of {}"]}
+    bags-*.truth.jsonl    {"key": bag, "node": 0..84, fact: class or null}    beside each shard
 
-Outline: shards | pictures | slide files, masks | the command line.
+References: [1] MR-PLIP, CVPR 2025, section 4. [2] MI-Zero, Lu et al. 2023: the top-j patches of a
+slide. [3] CONCH, Lu et al. 2024: prompt ensembles, lambda = 100 / (width C) of a linear probe.
 """
-import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
 import argparse
 import hashlib
 import json
-import math
 import sys
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import datasets
-import metrics
 import model as networks
-import pictures
-import prompts
-import segment
-import supervised
-import zeroshot
-from pictures import LEVEL, MAG_NAMES
-from report import json_ready, keep, print_table
-from subjects import (Subject, bags_hash, class_weights, embed, embed_texts, features_key, fit, labelled, labels_of, load_run, load_subject, open_bags,
-                      read_config, reader, reader_for, reads_text, spread, stamp)
+import text
+from data import LEVEL
+
+MAG_NAMES = tuple(f"{mag}x" for mag in data.MAGS)
 
 
-def about(subject, data_name, data_hash, **more):
-    """What every result says of itself."""
-    return dict(model=subject.name, fingerprint=subject.fingerprint, data=str(data_name), data_hash=data_hash, **more)
+# ---- A run --------------------------------------------------------------------------------------
+def read_config(run):
+    """Read config.json of a run folder -> dict."""
+    return json.loads((Path(run) / "config.json").read_text())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards
-
-def shards_in(path):
-    """A folder of shards, or with test/ and perhaps train/ in it -> (test, train or None); None for what holds no shards."""
-    path = Path(path)
-    has = lambda p: p.is_dir() and any(p.glob("bags-*.tar"))
-    return (path / "test", path / "train" if has(path / "train") else None) if has(path / "test") else (path, None) if has(path) else None
-
-
-def split_names(shared, train):
-    """What test and training shards are for what learns from labels: a split of their own, or ("", "") folds by slide, where there are no training
-    shards or some slides are `shared` by both."""
-    return ("test", "train") if train and not shared else ("", "")
-
-
-def report(run, test, train, device="cpu"):
-    """What train.py ends with: on the run's own shards all that takes seconds. The rest is `evaluate.py report RUN`."""
-    args = arguments(["report", str(run), "--top", "0"])
-    subject = Subject(*load_run(run, device), Path(run).resolve().name)
-    measure_shards(subject, test, train, run, device, args, ("zeroshot", "slide", "retrieval"), mil=False, cached=False)
-
-
-def read_shards(subject, test, train, out, device, args, wanted, mil, cached):
-    """Features of test shards and, where there are any, of training shards -> namespace of both, or None where another process goes on. `base`, half as
-    many training bags as test bags, is what scores are centred on and probes learn from (a quarter where none do); `gallery` what held-out parents look
-    among and MIL learns from."""
-    bags, train_bags = open_bags(test), open_bags(train) if train else None
-    read, most = reader_for(subject, args.features), args.bags or (len(bags) if wanted == ("slide",) else 300)
-    if bags.S != subject.model.vision.size and networks.rank() == 0:
-        print(f"patches of {bags.S} px are resampled to the {subject.model.vision.size} that {subject.name} reads")
-
-    def embedded(which, count):
-        key = (subject.fingerprint, stamp(which), count, *features_key(subject, args.features))
-        return embed(subject.model, which, spread(len(which), count), device, read=read, folder=Path(out) / "features" / "-".join(map(str, key)) if cached else None)
-    feats, base, gallery, shared = embedded(bags, most), None, None, set()
-    if train:
-        base = embedded(train_bags, max(1, most // (2 if "probe" in wanted else 4)))
-        shared = set(bags.slides) & set(train_bags.slides)                             # only then are test bags held-out parents of training slides
-        if shared and "retrieval" in wanted or mil and "slide" in wanted:
-            gallery = embedded(train_bags, len(train_bags) if shared or not args.bags and wanted == ("slide",) else 2 * most)
-    if feats is None:
-        return None
-    split = f"{len(base['index'])} training bags of {train}" if train else f"no training bags: centred on the test bags, {args.folds} folds by slide"
-    if shared:                                                                         # labels are not learned on the slides that they are measured on
-        split += f"; {len(shared)} slides are in both, so what learns from labels is measured in {args.folds} folds by slide"
-        print(f"{len(shared)} slides are in {test} and in {train}: probes and MIL are measured in folds by slide")
-    known, (labels, patients) = labelled(bags, feats), datasets.read_labels(args.labels) if args.labels else (None, None)
-    names, templates = prompts.BUILT_IN["diagnosis"], prompts.BUILT_IN_TEMPLATES
-    if labels:
-        if not set(labels) & set(bags.slides):
-            raise ValueError(f"{args.labels} names none of the slides of {test}, the first of which is {bags.slides[0]}: write their names as they are there")
-        names, templates = prompts.find(args.classes, set(labels.values())) if subject.tokenizer else ({c: () for c in sorted(set(labels.values()))}, ())
-    truth = zeroshot.slide_truth(bags, feats, table=labels) if known or labels else {}
-    return SimpleNamespace(bags=bags, feats=feats, train_bags=train_bags, base=base or feats, gallery=gallery, shared=shared, splits=split_names(shared, train),
-                           known=known, labels=labels, patients=patients, names=names, templates=templates, truth=truth,
-                           about=about(subject, test, bags_hash(bags), split=f"{len(feats['index'])} test bags, {split}"),
-                           prompts=dict(classes=names if labels else prompts.BUILT_IN, templates=templates))
-
-
-def measure_shards(subject, test, train, out, device, args, wanted, mil=True, cached=True):
-    """The protocols in `wanted` on folders of test and training shards (None: folds of the former)."""
-    asked, out = len(wanted) == 1, Path(out)                                           # a report passes over what its data do not allow
-    s = read_shards(subject, test, train, out, device, args, wanted, mil, cached)
-    if s is None:
-        return
-    if asked and not s.known and (wanted[0] in ("zeroshot", "probe") or wanted[0] == "slide" and not s.labels):
-        remedy = ": give --labels CSV (slide,label[,patient])" if wanted[0] == "slide" else ""
-        raise ValueError(f"{test} has no bags-*.truth.jsonl beside its shards, which {wanted[0]} compares with{remedy}")
-    if "zeroshot" in wanted and s.known and subject.tokenizer:
-        shards_zeroshot(subject, s, out)
-    if "slide" in wanted and s.truth:
-        if subject.tokenizer:
-            found = zeroshot.of_slides(subject.model, subject.tokenizer, s.bags, s.feats, s.base, s.names, s.templates, s.truth, s.patients)
-            images = {} if asked or not s.known else built_in_heatmap(subject, s, test, out, device)
-            keep(out, s.about | dict(prompts=s.prompts), {"slide": found}, images)
-        if mil:
-            parts = [(s.bags, s.feats, s.truth, s.splits[0])]
-            if train:
-                parts.append((s.train_bags, s.gallery, zeroshot.slide_truth(s.train_bags, s.gallery, table=s.labels), s.splits[1]))
-                if not s.shared and s.patients and (both := {s.patients.get(x) for x in s.truth} & {s.patients.get(x) for x in parts[1][2]} - {None}):
-                    print(f"{len(both)} patients have slides in both {test} and {train}: the numbers of MIL will flatter")
-            keep(out, s.about, {"mil": supervised.mil_of_bags(parts, list(s.names), s.patients, k=args.folds)})
-    if "probe" in wanted and s.known:
-        parts = [(s.bags, s.feats, s.splits[0])] + [(s.train_bags, s.base, s.splits[1])] * bool(train)
-        tasks = list(supervised.tasks_of_bags(parts, seed=args.seed))
-        shown = next((t for t in tasks if t.name == "cytology 40x"), tasks[0])
-        pictures.projection(shown.x[args.features[0]], shown.y, shown.classes, out / "projection.png", f"{shown.name}, {args.features[0]}")
-        found = supervised.probe(tasks, args.features, args.folds, args.seed)
-        keep(out, s.about | dict(regularisation="100 / (M C)"), found, {"projection.png": "Two first principal components of patches' features, coloured by class."})
-    if "retrieval" in wanted:
-        found, images = shards_retrieval(subject, s, out, args.top)
-        if found:
-            keep(out, s.about, found, images)
-        elif asked:
-            raise ValueError(f"{test} has neither captions, nor slides with training parents, nor labels of slides: retrieval has nothing to ask for")
-    print(f"\nwrote {out}/results.json, report.html and pictures")
-
-
-def shards_zeroshot(subject, s, out):
-    """Zero-shot on patches and bags, with its bars and the confusion matrix of the merged diagnosis."""
-    found = zeroshot.of_bags(subject.model, subject.tokenizer, s.bags, s.feats, s.base, intervals=True)
-    table = {}
-    for fact, modes in found.items():
-        row = modes["ensemble"]["patch"] | {"merged": modes["ensemble"]["bag"]["merged"]}
-        table[fact] = {mag: (r["f1"], *r["interval"]["f1"]) if (r := row.get(mag)) else (math.nan, None, None) for mag in zeroshot.ALL_MAGS}
-    pictures.bars(table, out / "levels.png", "Zero-shot by magnification")
-    names = prompts.BUILT_IN["diagnosis"]
-    y, W = labels_of(s.bags, s.feats["index"], "diagnosis")[:, 0], class_weights(subject.model, subject.tokenizer, names.values())
-    p = zeroshot.merged_scores(zeroshot.level_scores(s.feats, W), zeroshot.level_scores(s.base, W)).argmax(1)
-    pictures.confusion(metrics.confusion(y[y >= 0], p[y >= 0], len(W)), list(names), out / "confusion.png", "Diagnosis per bag, four magnifications merged")
-    keep(out, s.about | dict(prompts=dict(classes=prompts.BUILT_IN, templates=prompts.BUILT_IN_TEMPLATES)), {"zeroshot": found},
-         {"levels.png": "Weighted F1 per patch at each magnification, per bag for the four merged; whiskers: 95 % over slides.", "confusion.png": "Zero-shot diagnosis, merged."})
-
-
-def shards_retrieval(subject, s, out, top):
-    """Image and caption, held-out parent and slide, patch and slides of its diagnosis: whichever the data allow; and a sheet to look at
-    -> (results, {picture: caption})."""
-    found, images = {}, {}
-    captions = sorted({c for i in s.feats["index"] for c in s.bags.captions(i) if c})
-    if subject.tokenizer and captions:
-        found["retrieval"] = zeroshot.retrieval(subject.model, subject.tokenizer, s.bags, s.feats, top=top if hasattr(subject.model, "fusion") else 0)
-        queries = captions[:: max(1, len(captions) // 9)][:9]
-        if s.known:
-            queries = [c[0] for fact in ("architecture", "cytology") for c in prompts.BUILT_IN[fact].values()]
-        pictures.retrieval_sheet(s.bags, s.feats, queries, embed_texts(subject.model, subject.tokenizer, queries), out / "retrieval.png")
-        images["retrieval.png"] = "Query texts and the patches closest to them, each from another slide, one row per magnification."
-    if s.shared:
-        found["slide_retrieval"] = zeroshot.slide_retrieval(s.bags, s.feats, s.train_bags, s.gallery)
-    if s.truth and (rows := zeroshot.diagnosis_retrieval(s.bags, s.feats, s.truth)):  # none where each slide has a class of its own
-        found["diagnosis_retrieval"] = rows
-    return found, images
-
-
-def built_in_heatmap(subject, s, test, out, device):
-    """The first test slide of the built-in world, which keeps its slides beside the shards, with what is true of it and what is true beside the tumour
-    -> {file: caption}, or nothing where the slide is not there."""
-    first = s.feats["index"][0]
-    slide = Path(test).parent / "slides" / s.bags.slides[first]
-    if not slide.exists():
-        return {}
-    true = {fact: next((r[fact] for r in s.bags.truth(first) if r and r.get(fact)), None) for fact in ("architecture", "cytology")}
-    queries = [(prompts.BUILT_IN[fact][name][0], lev) for (fact, name), lev in zip(true.items(), (0, 2)) if name] + [("stroma only", 2)]
-    zeroshot.heatmap(subject.model, subject.tokenizer, slide, queries, out / "heatmap.png", fov_px=s.bags.S, device=device)
-    return {"heatmap.png": f"Where on {slide.name} is the text? Yellow: nearest, on this slide."}
-
-
-def tune_shards(subject, test, train, out, device, args, most=1500):
-    """Full fine-tuning on the patches of one fact and magnification of shards, at most `most` of the test and of the training slides."""
-    sets = [open_bags(folder) for folder in (test, train) if folder]
-    names = split_names(set(sets[0].slides) & set(sets[-1].slides), train)
-    parts = [(bags, {"valid": bags.valid, "index": list(range(len(bags)))}, name) for bags, name in zip(sets, names)]
-    task = next(supervised.tasks_of_bags(parts, (args.fact,), (args.level,), most, args.seed), None)
-    if task is None:
-        raise ValueError(f"{test} has no truth of {args.fact} at {args.level}: finetune needs labels")
-
-    S, of_bag = subject.model.vision.size, {}
-    for row, (part, g, n) in enumerate(task.places):
-        of_bag.setdefault((part, g), []).append((row, n))
-    patches = torch.empty(len(task.y), 1, 3, S, S, dtype=torch.uint8)                  # cut once, a bag at a time
-    for (part, g), rows in tqdm(of_bag.items(), desc="patches", unit="bag", leave=False):
-        nodes = data.pyramid(sets[part][g]["image"][None])[0]                          # [N, 3, s, s]
-        for row, n in rows:
-            patches[row, 0] = (fit(nodes[n], S) * 255).round().to(torch.uint8)
-    tiles = [(x, None) for x in patches]
-    row = supervised.tune(subject.model.vision, tiles, task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
-    split = f"at most {most} patches of each folder, " + ("the source's own" if names[0] else f"{args.folds} folds by slide") + "; a fifth of the training slides for early stopping"
-    keep(out, about(subject, test, bags_hash(sets[0]), split=split), {"finetune": [row]})
-    print(f"\nwrote {out}/results.json and report.html")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Labelled pictures
-
-def measure_pictures(subject, pics, out, device, args, wanted):
-    """The protocols in `wanted` on labelled pictures (datasets.Pictures)."""
-    S, test = subject.model.vision.size, np.array(pics.split) == "test"
-    if pics.labels is None and (lacking := sorted({"zeroshot", "probe", "finetune"} & set(wanted))):
-        raise ValueError(f"{pics.name} has no labels, which {lacking[0]} needs: class folders, or a column `label` in the table")
-    if pics.captions is None and "retrieval" in wanted:
-        raise ValueError(f"{pics.name} has no captions: retrieval needs a column `caption` in the table")
-    if args.levels and not args.mpp:
-        raise ValueError("--levels resamples from the pictures' own scale, so it needs --mpp (microns per pixel, as in the data set's description)")
-    if pics.labels and len(set(pics.labels)) < 2 and set(wanted) & {"probe", "finetune"}:
-        raise ValueError(f"{pics.name} has one class, {pics.labels[0]}: there is nothing to tell apart")
-    named, templates = prompts.find(args.classes, set(pics.labels)) if "zeroshot" in wanted else ({}, ())
-    order = sorted(set(pics.labels or ()))
-    groups = None if pics.groups is None else np.array(pics.groups)
-    task = supervised.Task(pics.name, {}, pics.targets(order) if pics.labels else np.zeros(len(pics), int), order, groups, np.array(pics.split))
-    own_split, said = test.any() and not test.all(), about(subject, pics.name, pics.hash, groups=pics.by or "none: every row its own")
-    if networks.rank() == 0:
-        if groups is None and not own_split and set(wanted) - {"zeroshot", "retrieval"}:
-            known = ", ".join(datasets.COLUMNS["group"][:4])
-            print(f"{pics.name} has no group column ({known} ...): rows are split one by one, and copies of a patient may lie on both sides")
-        elif groups is not None and own_split and (both := set(groups[test]) & set(groups[~test])):
-            print(f"{len(both)} of {len(set(groups))} groups ({pics.by}) lie in the training and the test rows of the source's own split: its numbers will flatter")
-    split = "the source's own" if own_split else f"{args.folds} folds by {pics.by or 'row'}, every row predicted once"
-    if set(wanted) - {"finetune"}:
-        key = (subject.fingerprint, pics.stamp, S, f"mpp{args.mpp}" if args.levels else "whole", *features_key(subject, args.features))
-        found = datasets.features(reader_for(subject, args.features), pics.files, S, device, args.mpp if args.levels else None, Path(out) / "features" / "-".join(map(str, key)))
-    if networks.rank():
-        return
-    if set(wanted) - {"finetune"}:
-        ok = found.pop("ok")
-        use = ok & test if test.any() else ok                                          # the rows that need no learning are measured on
-        if not use.any():
-            raise ValueError(f"none of the {len(ok)} pictures of {pics.name} could be read, see above")
-        if not ok.all():
-            print(f"{(~ok).sum()} of {len(ok)} pictures could not be read and are left out")
-            said["left_out"] = int((~ok).sum())
-        keep_rows = lambda rows: supervised.Task(task.name, {n: x[rows] for n, x in found.items()}, task.y[rows], order,
-                                                 None if groups is None else groups[rows], task.split[rows])
-        which = "test rows" if test.any() else "all rows"
-    if "zeroshot" in wanted:
-        measured = keep_rows(use)                                                      # all classes that are named are candidates, also those that nobody has
-        measured.y, measured.classes = pics.targets(list(named))[use], list(named)
-        pictures_zeroshot(subject, measured, keep_rows(ok & ~test), out, args, said | dict(split=which, prompts=dict(classes=named, templates=templates)))
-    if "probe" in wanted:
-        everything = keep_rows(ok)
-        pictures.projection(everything.x[args.features[0]], everything.y, order, Path(out) / "projection.png", f"{subject.name}, {args.features[0]}")
-        keep(out, said | dict(split=split, regularisation="100 / (M C)"), supervised.probe([everything], args.features, args.folds, args.seed),
-             {"projection.png": "Two first principal components of the features, coloured by class."})
-    if "finetune" in wanted:
-        row = supervised.tune(subject.model.vision, datasets.Tiles(pics.files, S), task, device, args.folds, args.seed, epochs=args.epochs, lr=args.lr)
-        keep(out, said | dict(split=split + "; a fifth of the training groups for early stopping"), {"finetune": [row]})
-    if "retrieval" in wanted:
-        rows = np.flatnonzero(use)
-        top = args.top if hasattr(subject.model, "fusion") else 0
-        if top and len(rows) > 3000:
-            print(f"{len(rows)} pictures are too many to keep for image-text matching: nothing is re-ranked")
-            top = 0
-        images = lambda: torch.stack([networks.read_picture(pics.files[i], S) for i in rows])
-        result = zeroshot.of_captions(subject.model, subject.tokenizer, found["projected"][rows], [pics.captions[i] for i in rows], images, top)
-        keep(out, said | dict(split=which), {"retrieval": {"all": result}})
-    print(f"\nwrote {out}/results.json, report.html and pictures")
-
-
-def pictures_zeroshot(subject, task, rest, out, args, said):
-    """Zero-shot on pictures; with --levels at each magnification and merged, centred on the `rest` (training rows) where there are any."""
-    there = np.array([args.mpp < 1.2 * data.mpp_of(m) for m in data.MAGS]) if args.levels else None      # not merely enlarged
-    classes = said["prompts"]["classes"].values()
-    found, matrix = zeroshot.of_pictures(subject.model, subject.tokenizer, task.x["projected"], task.y, classes, said["prompts"]["templates"],
-                                         task.groups, rest.x["projected"], there)
-    pictures.confusion(matrix, task.classes, Path(out) / "confusion.png", f"{subject.name} on {task.name}, zero-shot" + ", merged" * args.levels)
-    images = {"confusion.png": "Confusion matrix with the prompt ensemble: rows are the truth."}
-    if args.levels:
-        listed = lambda which: " ".join(f"{m}x" for m, t in zip(data.MAGS, there) if t == which) or "none"
-        centred = "the training rows" if len(rest.y) else "these rows themselves"
-        said = said | dict(mpp=args.mpp, merged=f"of {listed(True)}, centred on {centred}", enlarged=listed(False))
-        table = {mode: {mag: (s["f1"], *s["interval"]["f1"]) for mag, s in row.items()} for mode, row in found.items()}
-        pictures.bars(table, Path(out) / "levels.png", f"{subject.name} on {task.name}")
-        images["levels.png"] = "Weighted F1 at each magnification, resampled from the pictures' own, and merged."
-    keep(out, said, {"zeroshot": found}, images)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Slide files, masks
-
-def measure_slides(subject, paths, out, device, args, js=(1, 5, 10, 50, 100)):
-    """Slide files: MI-Zero's class at each magnification and merged, printed; a heatmap of the merged class and outlines of all classes at --level
-    -> OUT/SLIDE.png, OUT/SLIDE.geojson. Scores are centred on each slide's own patches for the outlines, and not at all for the pooled scores: there
-    are no training slides to centre on. A slide that cannot be read is named and passed over; ValueError at the end where there was one."""
-    if not args.classes:
-        raise ValueError("slide files need --classes: a JSON file {class: [names]} or one of " + " ".join(prompts.DATASETS))
-    names, templates = prompts.find(args.classes, ())
-    W, lev = class_weights(subject.model, subject.tokenizer, names.values(), templates=templates).numpy(), MAG_NAMES.index(args.level)
-    paths, failed, results = data.find_slides(paths), 0, {}
-    rank, world = networks.rank(), networks.world_size()
-    for path, scale in list(zip(paths, data.mpp_table(args.mpp, [p.name for p in paths]).values()))[rank::world]:
+def read_checkpoint(run, device="cpu"):
+    """Load the newest checkpoint of a run that can be read -> (state, path), or (None, None)."""
+    paths = [Path(run) / name for name in ("ckpt.pt", "ckpt_prev.pt")]
+    paths = [path for path in paths if path.exists()]
+    for path in paths:
         try:
-            parents, feats = zeroshot.read_slide(subject.model, path, device, scale, args.fov_px)
-        except (ValueError, OSError) as e:
-            print(f"left out: {e}", file=sys.stderr)
-            failed += 1
-            continue
-        v, valid = feats["v"].numpy(), feats["valid"].numpy()
-        pooled = zeroshot.pooled_levels(v, valid, W, np.zeros((4, len(W))), js)
-        picked = {mag: {j: list(names)[int(s.argmax())] for j, s in row.items()} for mag, row in pooled.items()}
-        results[path.name] = {"parents": len(parents), "class": picked, "scores": {mag: {j: s.tolist() for j, s in row.items()} for mag, row in pooled.items()}}
-        best, s = list(names).index(picked["merged"][10]), v @ W.T                     # s [P, N, C]
-        with data.Slide(path, scale) as slide:
-            panels = [(f"{picked['merged'][10]} at {mag}", i, np.where(valid, s[..., best], np.nan)) for i, mag in enumerate(MAG_NAMES) if (valid & (LEVEL == i)).any()]
-            pictures.heatmap(slide, parents, panels, Path(out) / f"{path.stem}.png", width=300)
-        n = pictures.geojson(parents, zeroshot.outline_labels(s, valid, lev), lev, list(names), Path(out) / f"{path.stem}.geojson")
-        print_table(f"{path.name}: {len(parents)} parents; {out}/{path.stem}.png, .geojson with {n} outlines at {args.level}",
-                    ["", *(f"j = {j}" for j in js)], [[mag, *row.values()] for mag, row in picked.items()])
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (results, failed))
-        results, failed = {name: r for part, _ in parts for name, r in part.items()}, sum(f for _, f in parts)
-        if rank:
-            return
-    listed = hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in paths)).encode()).hexdigest()[:12]
-    said = about(subject, "slides", listed, split="all", n=len(results), mpp=args.mpp or "the slides' own", prompts=dict(classes=names, templates=templates))
-    data.replace_file(Path(out) / "slides.json", json.dumps(json_ready({"about": said, "slides": results}), indent=1))
-    if failed:
-        raise ValueError(f"{failed} of {len(paths)} slides could not be read, see above" + (f"; the others are in {out}" if results else ""))
+            return torch.load(path, map_location=device, weights_only=True), path
+        except Exception as e:  # a damaged file raises almost anything
+            print(f"{path} cannot be read ({type(e).__name__})", file=sys.stderr)
+    if paths:
+        raise ValueError(f"{run} holds no checkpoint that can be read: move it away to start anew")
+    return None, None
 
 
-def measure_masks(subject, pics, out, device, args):
-    """Pictures with masks: zero-shot at each magnification and merged, and the linear decoder at --level over folds by group."""
-    if pics.masks is None:
-        raise ValueError(f"{pics.name} has no masks: segment needs a table with columns file,mask (and perhaps group, split)")
-    if not args.classes:
-        raise ValueError("segment needs --classes: a JSON file {class: [names]} in the order of the masks' values, or one of " + " ".join(prompts.DATASETS))
-    names, templates = prompts.find(args.classes, ())
-    vision, C, both, split = subject.model.vision, len(names), list(zip(pics.files, pics.masks)), np.array(pics.split)
-    test, rows, maps, parts = np.flatnonzero(split == "test") if (split == "test").any() else np.arange(len(both)), {}, {}, []
-    segment.check_masks(both, C, args.mpp)                                              # a wrong one is told of now and not after hours
-    groups = None if pics.groups is None else np.array(pics.groups)
-    if subject.tokenizer:
-        W, read = class_weights(subject.model, subject.tokenizer, names.values(), templates=templates), reader(subject.model)
-        found, maps = segment.zeroshot(lambda x: read(x)["projected"].float(), W, [both[i] for i in test], vision.size, device, args.mpp)
-        rows |= {f"zero-shot {name}": segment.summary(m, None if groups is None else groups[test]) for name, m in found.items()}
-    if hasattr(vision, "blocks") and len(both) > 1:
-        for train, held in supervised.splits(np.zeros(len(both), int), pics.groups, split, min(args.folds, len(both)), args.seed):
-            m, last = segment.decoder(vision, [both[i] for i in train], [both[i] for i in held], C, device, int(args.level[:-1]), args.mpp, seed=args.seed)
-            parts.append((held, m))
-            maps = maps | {f"linear decoder at {args.level}": last} if held[-1] == test[-1] else maps
-        held, m = (np.concatenate(part) for part in zip(*parts))
-        rows[f"linear decoder at {args.level}"] = segment.summary(m, None if groups is None else groups[held])
-    if not rows:
-        raise ValueError(f"{subject.name} has no text tower, and a decoder needs patch tokens and two pictures or more: give a run, --clip, --vit or random")
-    which = "test rows" if (split == "test").any() else f"all rows; the decoder over folds by {pics.by or 'row'}"
-    said = about(subject, pics.name, pics.hash, split=which, mpp=args.mpp or "the files' own",
-                 windows=f"75 % overlap, uniform mean; merged: centred on these pictures; Dice over the pixels of all pictures; interval over {pics.by or 'pictures'}", prompts=dict(classes=names, templates=templates))
-    pictures.label_maps(both[test[-1]][0], maps, list(names), Path(out) / "segments.png")
-    keep(out, said, {"segment": {"classes": list(names), "rows": rows}}, {"segments.png": f"{both[test[-1]][0].name}: truth and what was found."})
-    print(f"\nwrote {out}/results.json, report.html and pictures")
+def load_run(run, device="cpu"):
+    """Load a run folder -> (MRPLIP in eval mode, Tokenizer)."""
+    state, path = read_checkpoint(run)
+    if not state:
+        raise ValueError(f"{run} holds no ckpt.pt: train with `torchrun train.py --out {run}`")
+    tokenizer = text.Tokenizer.load(Path(run) / "tokenizer.json")
+    # Weights fit only the networks that they were trained in.
+    try:
+        size = networks.SIZES[state["config"]["size"]]
+        model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError):
+        remedy = "load it with the code and tokenizer.json that trained it"
+        raise ValueError(f"{path} is a checkpoint of another architecture: {remedy}") from None
+    return model.to(device).eval(), tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- Features. A model here is anything with the calls of MRPLIP that are used below. -----------
+@torch.no_grad()
+def embed_images(model, images, w=None, k_o=8, at_once=128):
+    """Embed images [N, 3, S, S] in [0, 1] -> dict on the CPU.
 
-COMMANDS = "report zeroshot slide probe finetune retrieval segment heatmap"
-FLAGS = (  # flag, type (None: a switch), default, the commands that know it, help
-    ("--clip", str, None, COMMANDS, "weights of a CLIP: open_clip's, OpenAI's (state dict) or Hugging Face's"),
-    ("--quick-gelu", None, False, COMMANDS, "of --clip: OpenAI's and PLIP's weights, not QuiltNet's"),
-    ("--tokenizer", str, None, COMMANDS, "of --clip: bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json"),
-    ("--vit", str, None, "report probe finetune retrieval segment slide", "weights of a timm ViT, UNI's too"),
-    ("--size", str, "synthetic", COMMANDS, "of `random`: a key of model.SIZES"),
-    ("--out", str, None, COMMANDS, "folder to write; for heatmap the PNG"),
-    ("--data", str, None, "report zeroshot slide probe finetune retrieval segment", "shards, a folder of class folders, or a CSV (the run's shards)"),
-    ("--train", str, None, "report zeroshot probe finetune retrieval segment", "a second folder or CSV, the training set of --data"),
-    ("--group", str, None, "report zeroshot probe finetune retrieval segment", "column of the CSV to split by"),
-    ("--classes", str, None, "report zeroshot slide segment", "JSON file {class: [names]}, or a data set of prompts.py"),
-    ("--mpp", str, None, "zeroshot slide segment heatmap", "microns per pixel of the pictures or slides; of slides also a CSV of slide,mpp"),
-    ("--levels", None, False, "zeroshot", "at 5x, 10x, 20x and 40x, resampled from --mpp, and merged"),
-    ("--labels", str, None, "report slide", "of shards: CSV of slide,label[,patient]"),
-    ("--features", str, "backbone", "report probe", "backbone, projected, text_guided: a list with commas"),
-    ("--bags", int, None, "report zeroshot slide probe retrieval", "test bags at most, half as many training bags (300; for slide all)"),
-    ("--folds", int, 5, "report slide probe finetune segment", "where the data have no split of their own"),
-    ("--top", int, 16, "report retrieval", "candidates that image-text matching re-ranks; 0: none"),
-    ("--fact", str, "architecture", "finetune", "of the built-in world"),
-    ("--level", str, "20x", "finetune slide segment heatmap", "5x, 10x, 20x or 40x: of the patches, outlines, decoder, query"),
-    ("--fov-px", int, None, "slide heatmap", "side of a patch at its magnification (what the tower reads)"),
-    ("--epochs", int, 30, "finetune", "at most"),
-    ("--lr", float, 1e-3, "finetune", "of the head; each layer below .65 of the one above"),
-    ("--seed", int, 0, "report probe finetune segment", "of folds and draws"),
-)
+    image_embedding [N, d] are unit vectors, compared with texts; backbone [N, Dv] is the class
+    token as it is, read by the probe. Keyword features w [K, d] add text_guided [N, D], the paper's
+    z [1]: an image fused with its k_o nearest keywords.
+    """
+    device = next(model.parameters()).device
+    S = model.vision.size
+    rows = {}
+    for batch in images.split(at_once):
+        # Resize to what the tower reads.
+        x = batch.to(device)
+        if x.shape[-1] != S:
+            x = F.interpolate(x, (S, S), mode="bicubic", antialias=True).clamp_(0, 1)
+        # Run the tower once; all features follow from its tokens.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            tokens = model.vision(x)
+            pooled = model.pool_tokens(tokens)
+            row = {"image_embedding": model.to_shared(pooled), "backbone": tokens[:, 0]}
+            if w is not None:
+                w = w.to(device)
+                # Choose in fp32: in bf16 a tenth of the keywords would be others.
+                with torch.autocast(device.type, enabled=False):
+                    near = (row["image_embedding"] @ w.T).topk(min(k_o, len(w))).indices
+                there = torch.ones_like(near, dtype=torch.bool)
+                z = model.fuse_with_keywords(model.to_fusion(pooled), w[near], there)
+                row["text_guided"] = z
+        # Collect the batches on the CPU in fp32.
+        for name, x in row.items():
+            rows.setdefault(name, []).append(x.float().cpu())
+    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def arguments(line=None):
-    """The command line -> Namespace. A command refuses flags that it does not know; of those it has not, it gets the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in COMMANDS.split():
-        c = commands.add_parser(name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        usage = {"slide": "RUN [SLIDE ...]", "heatmap": "RUN SLIDE QUERY ..."}.get(name, "RUN")
-        c.add_argument("what", nargs="*", metavar=usage, help="a folder that train.py wrote; or random, pixels")
-        for flag, kind, default, where, text in FLAGS:
-            if name in where.split():
-                c.add_argument(flag, default=default, help=text, **({"action": "store_true"} if kind is None else {"type": kind}))
-            else:
-                c.set_defaults(**{flag[2:].replace("-", "_"): default})
-    args = parser.parse_args(line)
-    args.features = tuple(args.features.split(","))
-    if strange := set(args.features) - {"backbone", "projected", "text_guided"}:
-        raise ValueError(f"--features {strange.pop()} is none of backbone, projected, text_guided")
-    if args.level not in MAG_NAMES:
-        raise ValueError(f"--level {args.level} is none of {' '.join(MAG_NAMES)}")
-    if args.fact not in prompts.BUILT_IN:
-        raise ValueError(f"--fact {args.fact} is none of {' '.join(prompts.BUILT_IN)}")
-    for name in ("bags", "folds", "epochs", "fov_px"):
-        if getattr(args, name) is not None and getattr(args, name) < 1 + (name == "folds"):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too few")
-    if args.mpp and args.command in ("zeroshot", "segment"):
-        try:
-            args.mpp = float(args.mpp)
-        except ValueError:
-            raise ValueError(f"--mpp {args.mpp} is no number: give microns per pixel, 0.5 for 20x") from None
-        if not 0 < args.mpp < (1.2 * data.mpp_of(5) if args.levels else 100):
-            raise ValueError(f"--mpp {args.mpp:g} " + ("is below 5x, so no magnification is in the pictures" if args.levels and args.mpp > 0 else "are no microns per pixel: 40x has 0.25, 20x 0.5"))
-    return args
+def embed(model, bags, indices, device="cpu", w=None, k_o=8):
+    """Embed all patches of the chosen bags -> dict as of `embed_images`, each [R, N, ...].
+
+    It also has "valid" bool [R, N]; "index" and "slides" [R], numbers and slide names of the bags.
+    """
+    indices = list(indices)
+    rows = {}
+    for i in tqdm(indices, "embed", leave=False, unit="bag", disable=None):
+        patches = data.pyramid(bags[i]["image"][None].to(device))[0]  # [N, 3, S, S]
+        for name, x in embed_images(model, patches, w, k_o).items():
+            rows.setdefault(name, []).append(x)
+    features = {name: torch.stack(parts) for name, parts in rows.items()}
+    slides = np.array(bags.slides)[indices]
+    return features | {"valid": bags.valid[indices], "index": indices, "slides": slides}
+
+
+@torch.no_grad()
+def embed_texts(model, tokenizer, texts, at_once=256):
+    """Embed a list of R texts -> unit vectors [R, d] on the CPU."""
+    device = next(model.parameters()).device
+    rows = []
+    for start in range(0, len(texts), at_once):
+        ids = tokenizer.batch(texts[start : start + at_once], model.text.context)
+        rows.append(model.encode_text(text.trim(ids, tokenizer.end).to(device)).float().cpu())
+    return torch.cat(rows)
+
+
+def class_vectors(model, tokenizer, names, templates, ensemble=True):
+    """Embed classes by their prompts -> unit vectors [C, d]. names: per class a list of str.
+
+    The ensemble averages all names in all templates [3]; without it the first name stands alone.
+    """
+    means = []
+    for own in names:
+        prompts = [template.format(name) for name in own for template in templates]
+        means.append(embed_texts(model, tokenizer, prompts if ensemble else own[:1]).mean(0))
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+# ---- Questions: the classes that the data name, and the truth -----------------------------------
+def read_classes(path):
+    """Read classes.json (top of the file) -> {"facts": {fact: {class: [names]}}, "templates"}."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        for classes in found["facts"].values():
+            assert all(isinstance(names, list) and names for names in classes.values())
+        assert all("{}" in template for template in found["templates"])
+    except (ValueError, KeyError, AttributeError, TypeError, AssertionError):
+        shown = "the form that `evaluate.py -h` shows"
+        raise ValueError(f"{path} is not in {shown}: mend it") from None
+    return found
+
+
+def read_truth(bags):
+    """Read bags-*.truth.jsonl beside the shards -> {key: list of 85 (dict or None)}."""
+    truth = {}
+    for shard in bags.shards:
+        path = Path(shard).with_suffix(".truth.jsonl")
+        if path.exists():
+            for _, row in text.read_lines(path):
+                truth.setdefault(row["key"], [None] * data.NODES)[row["node"]] = row
+    return truth
+
+
+def questions(bags, index):
+    """Read what can be asked of the bags `index` -> (facts, templates, {fact: classes [R, N]})."""
+    # classes.json lies beside the shards or one folder up.
+    asked = {"facts": {}, "templates": []}
+    for path in (bags.folder.parent / "classes.json", bags.folder / "classes.json"):
+        if path.exists():
+            asked = read_classes(path)
+    truth = read_truth(bags)
+    facts = {}
+    labels = {}
+    for fact, classes in asked["facts"].items():
+        # Number the classes in the order of the file; a node without truth is -1.
+        number = {None: -1} | {name: c for c, name in enumerate(classes)}
+        labels[fact] = np.full((len(index), data.NODES), -1)
+        for r, i in enumerate(index):
+            for n, node in enumerate(truth.get(bags.keys[i], ())):
+                name = node.get(fact) if node else None
+                if name not in number:
+                    raise ValueError(f"classes.json lacks the {fact} {name!r} of {bags.keys[i]}")
+                labels[fact][r, n] = number[name]
+        # Leave out a fact without truth.
+        if labels[fact].max() >= 0:
+            facts[fact] = classes
+    return facts, asked["templates"], labels
+
+
+# ---- Scores, equal to scikit-learn's. A value that is not defined is NaN, never 0. --------------
+def confusion(y, p, C):
+    """Count true classes y [R] and predicted classes p [R] -> [C, C], truth by prediction."""
+    return np.bincount(np.asarray(y) * C + np.asarray(p), minlength=C * C).reshape(C, C)
+
+
+def rates(matrix):
+    """Compute the rates of confusion matrices [..., C, C] -> dict of name -> [...]."""
+    hit = np.diagonal(matrix, 0, -2, -1).astype(float)  # [..., C]
+    true = np.sum(matrix, -1)
+    guessed = np.sum(matrix, -2)
+    n = true.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.where(true + guessed > 0, 2 * hit / (true + guessed), 0)
+        recall = np.where(true > 0, hit / true, 0)
+        # Average F1 by support (the paper's metric [1]), then over the classes that occur.
+        rates = {"f1": (f1 * true).sum(-1) / n, "accuracy": hit.sum(-1) / n}
+        rates["macro_f1"] = f1.sum(-1) / (true + guessed > 0).sum(-1)
+        return rates | {"balanced": recall.sum(-1) / (true > 0).sum(-1)}
+
+
+def resamples(groups, times=1000):
+    """Draw groups [R] with replacement -> (number of each row's group [R], counts [times, G])."""
+    names, group = np.unique(groups, return_inverse=True)
+    G = len(names)
+    # Of very many groups fewer resamples do.
+    times = min(times, max(100, 20_000_000 // G))
+    drawn = np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), times).astype(float)
+    # A single group says nothing about others.
+    return group, drawn if G > 1 else drawn * np.nan
+
+
+def interval(samples):
+    """Return (low, high), the middle 95 % of the samples that are defined, or NaN."""
+    samples = np.asarray(samples)[~np.isnan(samples)]
+    return tuple(np.percentile(samples, [2.5, 97.5]).tolist()) if len(samples) else (np.nan, np.nan)
+
+
+def scores(y, p, C, groups, times=1000):
+    """Compare predictions p [R] with the truth y [R] -> `rates`, "n", "groups" and "interval".
+
+    The interval {rate: (low, high)} is of a bootstrap over groups [R], slides or patients.
+    """
+    if not len(y):
+        raise ValueError("there is nothing to measure: no row has both features and a class")
+    # Count each group by itself: the patches of a slide are not independent.
+    group, drawn = resamples(groups, times)
+    tables = np.zeros((drawn.shape[1], C * C))
+    np.add.at(tables, (group, np.asarray(y) * C + np.asarray(p)), 1)
+    # A resample adds up the tables of the groups that it drew.
+    samples = rates((drawn @ tables).reshape(-1, C, C))
+    limits = {name: interval(values) for name, values in samples.items()}
+    found = {name: float(value) for name, value in rates(confusion(y, p, C)).items()}
+    return found | {"n": len(y), "groups": len(tables), "interval": limits}
+
+
+# ---- Zero-shot of patches, bags and slides ------------------------------------------------------
+# A magnification that cannot see a fact still prefers some class, always the same one. To merge the
+# magnifications of a bag, centre the scores of each on training bags, without labels, and add them.
+def level_scores(features, vectors):
+    """Average the cosines of a bag's valid nodes at each magnification -> [R, 4, C], or NaN."""
+    cosine = (features["image_embedding"] @ vectors.T).numpy()  # [R, N, C]
+    out = np.full((len(cosine), 4, len(vectors)), np.nan)
+    for level in range(4):
+        use = (features["valid"].numpy() & (LEVEL == level))[..., None]
+        np.divide((cosine * use).sum(1), use.sum(1), out=out[:, level], where=use.any(1))
+    return out
+
+
+def merged_scores(test, train):
+    """Sum the scores [R, 4, C] of the magnifications, centred on training bags -> [R, C]."""
+    known = ~np.isnan(train)
+    centre = np.where(known, train, 0).sum(0) / np.maximum(known.sum(0), 1)  # [4, C]
+    return np.nansum(test - centre, axis=1)
+
+
+def top_j(patches, js=(1, 5, 10, 50, 100)):
+    """Average the j best scores of each class over patches [R, C] -> {j: [C]} (MI-Zero [2])."""
+    ranked = np.sort(patches, axis=0)[::-1]
+    return {j: ranked[:j].mean(0) for j in js}
+
+
+def slide_scores(cosine, valid, slides, y):
+    """Pool the patches of each slide -> (slide names, their classes, {j: [slides, 4, C]})."""
+    names = np.unique(slides)
+    truth = np.full(len(names), -1)
+    pooled = {j: np.full((len(names), 4, cosine.shape[2]), np.nan) for j in top_j(cosine[0])}
+    for i, name in enumerate(names):
+        own = slides == name
+        # A slide has the class that most of its patches have.
+        if (y[own] >= 0).any():
+            truth[i] = np.bincount(y[own][y[own] >= 0]).argmax()
+        # Pool the patches of each magnification; one that the slide lacks stays NaN.
+        for level in range(4):
+            patches = cosine[own][valid[own] & (LEVEL == level)]
+            for j, best in top_j(patches).items() if len(patches) else ():
+                pooled[j][i, level] = best
+    return names, truth, pooled
+
+
+def zeroshot(features, reference, vectors, y, times=1000):
+    """Measure one fact by prompts -> {"patch", "bag", "top 1", ...: {magnification: scores}}.
+
+    features, reference: of `embed`, test bags and the training bags to centre scores on;
+    vectors [C, d]: of `class_vectors`; y [R, N]: true classes or -1.
+    """
+    cosine = (features["image_embedding"] @ vectors.T).numpy()  # [R, N, C]
+    valid = features["valid"].numpy()
+    slides = features["slides"]
+    asked = []
+    # Ask each patch by itself.
+    for level, mag in enumerate(MAG_NAMES):
+        use = valid & (LEVEL == level)
+        asked.append(("patch", mag, y[use], cosine[use], np.repeat(slides, use.sum(1))))
+
+    # A bag has the class of its 5x parent; a slide is scored by its j best patches.
+    centre = level_scores(reference, vectors)
+    units = [("bag", y[:, 0], level_scores(features, vectors), slides)]
+    names, truth, tops = slide_scores(cosine, valid, slides, y)
+    units += [(f"top {j}", truth, pooled, names) for j, pooled in tops.items()]
+    # Ask both at each magnification and by all merged.
+    for unit, true, s, who in units:
+        for level, mag in enumerate(MAG_NAMES):
+            asked.append((unit, mag, true, s[:, level], who))
+        asked.append((unit, "merged", true, merged_scores(s, centre), who))
+
+    # Compare the best class with the truth, wherever both are known.
+    found = {}
+    for unit, mag, true, s, who in asked:
+        use = (true >= 0) & ~np.isnan(s[:, 0])
+        if use.any():
+            row = scores(true[use], s[use].argmax(1), len(vectors), who[use], times)
+            found.setdefault(unit, {})[mag] = row
+    return found
+
+
+# ---- Retrieval ----------------------------------------------------------------------------------
+def retrieval(v, t, captions, groups):
+    """Rank captions for images and images for captions -> {"image_to_text_R@1": share, ...}.
+
+    v, t [R, d]: unit vectors of R images and of their captions; groups [R], for the intervals. Also
+    "mean" of all six, and "n".
+    """
+    # A caption that several images share is right for each.
+    same = np.unique(captions, return_inverse=True)[1]
+    hit = same[:, None] == same
+    found = {}
+    for way, similarity in (("image_to_text", v @ t.T), ("text_to_image", t @ v.T)):
+        # Find the place of each query's best right answer.
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        place = np.take_along_axis(hit, order, 1).argmax(1)
+        found |= {f"{way}_R@{k}": place < k for k in (1, 5, 10)}
+    found["mean"] = np.mean(list(found.values()), axis=0)
+    # Resample queries by group.
+    group, drawn = resamples(groups)
+    weights = drawn[:, group]  # [times, R]
+    limits = {name: interval(weights @ hits / weights.sum(1)) for name, hits in found.items()}
+    shares = {name: float(hits.mean()) for name, hits in found.items()}
+    return shares | {"n": len(v), "interval": limits}
+
+
+def bag_retrieval(model, tokenizer, bags, features, most=300):
+    """Measure `retrieval` among at most `most` patches of each magnification -> {mag: row}."""
+    captions = text.Captions(bags.folder)
+    captions = np.array([captions[bags.keys[i]] for i in features["index"]], object)  # [R, N]
+    rng = np.random.default_rng(0)
+    found = {}
+    for level, mag in enumerate(MAG_NAMES):
+        # Choose patches that have a caption.
+        use = features["valid"].numpy() & (LEVEL == level) & captions.astype(bool)
+        r, n = rng.permutation(np.argwhere(use))[:most].T
+        if len(r) > 1:
+            own = captions[r, n].tolist()
+            t = embed_texts(model, tokenizer, own).numpy()
+            v = features["image_embedding"][r, n].numpy()
+            found[mag] = retrieval(v, t, own, features["slides"][r])
+    return found
+
+
+# ---- Linear probe -------------------------------------------------------------------------------
+def fit_logistic(x, y, C):
+    """Fit a multinomial logistic regression by L-BFGS -> (weight [C, width], bias [C]), float64.
+
+    x [R, width], features as they are; y [R], classes. Minimises the summed cross-entropy plus
+    lambda / 2 |weight|^2 [3], which is scikit-learn's LogisticRegression(C=width * C / 100).
+    """
+    x = torch.as_tensor(x).double()
+    y = torch.as_tensor(y)
+    # The bias is free, so centred features have the same optimum. It is found in fewer steps.
+    mean = x.mean(0)
+    weight = torch.zeros(C, x.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(C, dtype=x.dtype, requires_grad=True)
+    # Of two classes scikit-learn has one vector w, where a softmax has the pair (w / 2, -w / 2).
+    penalty = 100 / (x.shape[1] * C) * (2 if C == 2 else 1)
+    settings = dict(max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12)
+    optimizer = torch.optim.LBFGS([weight, bias], line_search_fn="strong_wolfe", **settings)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy((x - mean) @ weight.T + bias, y, reduction="sum")
+        loss = (loss + penalty / 2 * weight.square().sum()) / len(x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), (bias - weight @ mean).detach()
+
+
+def probe(facts, train, test, most=3000):
+    """Learn each fact from patches of a magnification -> {fact: {magnification: scores}}.
+
+    train, test: features and labels (of `questions`), of bags of different slides.
+    """
+    rng = np.random.default_rng(0)
+    found = {fact: {} for fact in facts}
+    for fact, (level, mag) in product(facts, enumerate(MAG_NAMES)):
+        # Choose at most `most` patches to measure and to learn from.
+        parts = []
+        for features, labels in (test, train):
+            use = (labels[fact] >= 0) & features["valid"].numpy() & (LEVEL == level)
+            r, n = rng.permutation(np.argwhere(use))[:most].T
+            parts.append((features["backbone"][r, n], labels[fact][r, n], features["slides"][r]))
+        (x, y, who), (x_train, y_train, _) = parts
+        # Learn from the one, measure on the other.
+        if len(y) and len(y_train):
+            C = len(facts[fact])
+            weight, bias = fit_logistic(x_train, y_train, C)
+            p = (x.double() @ weight.T + bias).argmax(1)
+            found[fact][mag] = scores(y, p, C, who)
+    return found
+
+
+# ---- Results ------------------------------------------------------------------------------------
+def save_results(folder, name, found, about):
+    """Write the results of one protocol, and what they are about, into folder/results.json.
+
+    The file is {name: found, ..., "about": {name: {"model", "fingerprint", "data", ...}, ...}}.
+    """
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {"about": {}}
+        # Results of other weights give way.
+        for other, said in list(results["about"].items()):
+            if said["fingerprint"] != about["fingerprint"]:
+                del results[other], results["about"][other]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: move it away and measure again") from None
+    results["about"][name] = about
+    # JSON knows no NaN: write null.
+    ready = json.loads(json.dumps(results | {name: found}), parse_constant=lambda constant: None)
+    data.write_whole(path, json.dumps(ready, indent=1))
+
+
+def print_table(title, columns, rows):
+    """Print a Markdown table: a title, the names of the columns, rows of cells (str)."""
+    rows = [list(columns), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    print(f"\n{title}\n")
+    for row in rows:
+        print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
+
+
+def print_scores(title, rows):
+    """Print metrics by magnification: rows [(label, {magnification: scores}, metric)]."""
+    columns = (*MAG_NAMES, "merged")
+    table = []
+    for label, found, metric in rows:
+        cells = dict.fromkeys(columns, "")
+        for mag, row in found.items():
+            low, high = row["interval"][metric]
+            cell = f"{row[metric]:.2f} ({low:.2f}-{high:.2f})"
+            # Six columns fit a line of 100 without leading zeros.
+            cells[mag] = cell.replace("0.", ".").replace("1.00", "1.0")
+        table.append([label, *cells.values()])
+    print_table(f"{title} (95 % over slides)", ["", *columns], table)
+
+
+# ---- A run on its own data ----------------------------------------------------------------------
+def spread(bags, most):
+    """Choose at most `most` bags, evenly spread, since the bags of a slide lie side by side."""
+    count = max(1, min(len(bags), most))
+    return np.unique(np.linspace(0, len(bags) - 1, count).astype(int)).tolist()
+
+
+def glance(model, tokenizer, test, train, device="cpu"):
+    """Measure a few numbers while training, on data.Bags test and train -> dict.
+
+    They are F1 by prompts: {"FACT_5x": per patch, ..., "FACT_merged": per bag}; without truth the
+    mean recalls {"retrieval_5x": ...}. The model is in eval mode.
+    """
+    features = embed(model, test, spread(test, 60), device)
+    reference = embed(model, train, spread(train, 30), device)
+    facts, templates, labels = questions(test, features["index"])
+    out = {}
+    for fact, classes in facts.items():
+        vectors = class_vectors(model, tokenizer, classes.values(), templates)
+        units = zeroshot(features, reference, vectors, labels[fact], times=1)
+        for mag, row in (units["patch"] | {"merged": units["bag"]["merged"]}).items():
+            out[f"{fact}_{mag}"] = row["f1"]
+    if not out:
+        for mag, row in bag_retrieval(model, tokenizer, test, features).items():
+            out[f"retrieval_{mag}"] = row["mean"]
+    return out
+
+
+def measure(run, folder=None, device="cpu", most=300, learn=True):
+    """Measure a run on shards (its own) -> results.json in the run folder, tables on the screen.
+
+    most: test bags that are read; learn: also fit the probe, which takes longer than all else.
+    """
+    # Load the run. On other data its results lie in a folder of their own.
+    own = Path(read_config(run)["data"])
+    folder = Path(folder or own)
+    out = Path(run) if folder.resolve() == own.resolve() else Path(run) / folder.resolve().name
+    model, tokenizer = load_run(run, device)
+
+    # Embed test bags, and half as many training bags to centre scores on and to learn from.
+    inside = (folder / "test").is_dir()
+    test = data.Bags(folder / "test" if inside else folder)
+    train = data.Bags(folder / "train") if inside and (folder / "train").is_dir() else None
+    features = embed(model, test, spread(test, most), device)
+    reference = embed(model, train, spread(train, most // 2), device) if train else features
+
+    # Say what the numbers are about.
+    digest = hashlib.sha256("\n".join(test.keys).encode() + test.valid.numpy().tobytes())
+    about = dict(model=Path(run).resolve().name, fingerprint=networks.fingerprint(model))
+    about |= dict(data=str(test.folder), data_hash=digest.hexdigest()[:12])
+    about["n"] = len(features["index"])
+    about["split"] = f"centred on {len(reference['index'])} {'training' if train else 'test'} bags"
+
+    # Ask for the classes by prompts. Tables show the ensemble, results.json the other prompts too.
+    facts, templates, labels = questions(test, features["index"])
+    if not facts:
+        print(f"{folder} has no classes.json with truth of its bags: only retrieval is measured")
+    found = {fact: {} for fact in facts}
+    for fact, mode in product(facts, ("single", "ensemble")):
+        names = facts[fact].values()
+        vectors = class_vectors(model, tokenizer, names, templates, mode == "ensemble")
+        found[fact][mode] = zeroshot(features, reference, vectors, labels[fact])
+    for fact in facts:
+        units = found[fact]["ensemble"]
+        rows = [(unit, units[unit], "f1") for unit in ("patch", "bag", "top 10")]
+        print_scores(f"{fact} by prompts: weighted F1", rows)
+    if facts:
+        prompts = {"facts": facts, "templates": templates}
+        save_results(out, "zeroshot", found, about | {"prompts": prompts})
+
+    # Ask for the classes by a probe, which must not know the slides that it is measured on.
+    disjoint = train and not set(test.slides) & set(train.slides)
+    if facts and learn and disjoint:
+        known = questions(train, reference["index"])[2]
+        found = probe(facts, (reference, known), (features, labels))
+        print_scores("linear probe: weighted F1", [(fact, found[fact], "f1") for fact in facts])
+        save_results(out, "probe", found, about | {"split": "learned on training bags"})
+    elif facts and not disjoint:
+        print(f"{folder} has no train/ of other slides than test/: the probe is left out")
+
+    # Ask for the captions.
+    found = bag_retrieval(model, tokenizer, test, features)
+    if found:
+        names = ("image_to_text_R@10", "text_to_image_R@10", "mean")
+        print_scores("retrieval among 300 patches", [(name, found, name) for name in names])
+        save_results(out, "retrieval", found, about)
+    else:
+        print(f"{test.folder} has no captions: retrieval is left out")
+    print(f"\nwrote {out}/results.json")
 
 
 def main():
-    args = arguments()
-    device, more = "cuda" if torch.cuda.is_available() else "cpu", list(args.what)
-    if not (args.clip or args.vit) and not more:
-        raise ValueError(f"{args.command} what? Give a run folder, --clip FILE, --vit FILE, or the word random or pixels")
-    run = None if args.clip or args.vit else more.pop(0)
-    if more and args.command not in ("slide", "heatmap"):
-        raise ValueError(f"{args.command} takes one model, and {more[0]} is left over: data go behind --data")
-    if args.command == "heatmap" and len(more) < 2:
-        raise ValueError("heatmap needs a slide and at least one text in quotes")
-    if args.command == "heatmap" and args.out and not args.out.lower().endswith(".png"):
-        raise ValueError(f"--out {args.out} is no NAME.png: heatmap writes a PNG, and beside it NAME.geojson")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")                                                # only rows of features and words travel
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    subject = load_subject(run, args.clip, args.vit, args.quick_gelu, args.tokenizer, args.size, device)
-    if args.command in ("zeroshot", "heatmap") or args.command == "slide" and more:
-        reads_text(subject, args.command)
-    if args.command == "heatmap":
-        out, scale = args.out or "heatmap.png", data.mpp_table(args.mpp, [Path(more[0]).name])[Path(more[0]).name]
-        n = zeroshot.heatmap(subject.model, subject.tokenizer, more[0], [(q, MAG_NAMES.index(args.level)) for q in more[1:]], out, scale, args.fov_px, device)
-        return print(f"wrote {out} and {Path(out).with_suffix('.geojson')} ({n} outlines)")
-    own = run not in (None, "random", "pixels")
-    source = args.data or (read_config(run)["data"] if own and not more else None)
-    if not source and not more:
-        raise ValueError(f"{args.command} of what? {subject.name} has no data of its own: give --data (shards, class folders, or a CSV)")
-    shards = None if more else shards_in(source)
-    name = "slides" if more else "" if shards and own and not args.data else datasets.name_of(source)
-    out = Path(args.out or Path(run if own else Path("results") / subject.name) / name)
-    if args.command == "finetune" and not hasattr(subject.model.vision, "blocks"):
-        raise ValueError(f"{subject.name} has nothing to fine-tune: give a run, --vit FILE, --clip FILE or random")
-    if more:
-        return measure_slides(subject, more, out, device, args)
-    if "text_guided" in args.features and not subject.keywords:
-        raise ValueError(f"{subject.name} has no keywords.json, from which text_guided features take their keywords: only a run of train.py has one")
-    if dist.is_initialized() and args.command in ("finetune", "segment"):
-        rank = networks.rank()
-        dist.destroy_process_group()                                                   # the first goes on alone: its networks must not wait for others
-        if rank:
-            return
-    if args.command == "slide" and not shards:
-        raise ValueError("slide measures shards or slide files: `evaluate.py slide RUN SLIDE ... --classes FILE`")
-    if shards:
-        if wrong := next((f"--{n}" for n in ("group", "levels", "mpp") if getattr(args, n)), None):
-            raise ValueError(f"{wrong} is for pictures, and {source} are shards, which know their slides and magnifications")
-        if args.train:
-            if not shards_in(args.train):
-                raise ValueError(f"--train {args.train} holds no shards, and {source} does: give shards")
-            shards = shards[0], shards_in(args.train)[1] or shards_in(args.train)[0]
-        if args.command == "segment":
-            raise ValueError(f"{source} are shards, which have no masks: give --data CSV with columns file,mask (of the built-in world: python synthetic.py --masks)")
-        if args.command == "finetune":
-            return tune_shards(subject, *shards, out, device, args)
-        return measure_shards(subject, *shards, out, device, args, ("zeroshot", "slide", "probe", "retrieval") if args.command == "report" else (args.command,))
-    pics = datasets.read_pictures(source, args.train, args.group)
-    if args.command == "segment":
-        return measure_masks(subject, pics, out, device, args)
-    everything = ["zeroshot"] * bool(subject.tokenizer and pics.labels) + ["probe"] * bool(pics.labels) + ["retrieval"] * bool(subject.tokenizer and pics.captions)
-    if args.command == "retrieval":
-        reads_text(subject, args.command)
-    measure_pictures(subject, pics, out, device, args, everything if args.command == "report" else [args.command])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("run", help="a folder that train.py wrote")
+    parser.add_argument("--data", help="a folder of shards (the run's own)")
+    parser.add_argument("--bags", type=int, default=300, help="test bags to read at most")
+    args = parser.parse_args()
+    measure(args.run, args.data, "cuda" if torch.cuda.is_available() else "cpu", args.bags)
 
 
 if __name__ == "__main__":
@@ -520,8 +581,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        print("\nstopped: features that were read are kept, and the same command goes on behind them", file=sys.stderr)
+        print("\nstopped: results.json keeps what was measured before", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

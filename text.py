@@ -1,25 +1,20 @@
-"""Words: captions of patches, the keywords in them, and the files that hold both.
+"""A caption becomes keywords, a bag's captions become a textual bag, a text becomes numbers.
 
-A patch has a caption; the captions of a bag's 85 patches give one *textual bag* of keywords, against which CVTA
-(losses.py) aligns every patch. The paper does not say what a keyword is; its figure shows short noun phrases shared by
-all four magnifications ("lymph node", "round nuclei"), and that is what `keywords` extracts.
+CVTA (losses.py) aligns the patches of a bag with the keywords of its 85 captions, its textual bag
+[1]. The paper does not define a keyword; its figure shows short noun phrases ("lymph node", "round
+nuclei"), and `keywords` extracts such phrases. To try another extractor, replace that function.
 
-Read in this order: keywords -> keyword_bag -> count_corpus -> caption files -> the command line.
+    python text.py SHARDS          # print textual bags, to judge the keywords by eye
 
-    python text.py caption SHARDS --endpoint URL --model M # every patch described by a served model (captioner.py)
-    python text.py import captions.jsonl --shards SHARDS   # captions per slide, bag or image -> a caption line for every node
-    python text.py keywords SHARDS                         # count the corpus; print textual bags, to read with your own eyes
-
-Beside it: tokenizer.py (text to numbers), prompts.py (the names of classes), captioner.py (the client of a served model).
-
-References: [1] MR-PLIP, CVPR 2025, section 3.2 (textual bags).   [2] Chapman et al. 2001, "A simple algorithm for identifying
-negated findings" (NegEx): denials are found by trigger phrases and reach to the end of their clause or list.
+[1] MR-PLIP, CVPR 2025, 3.2. [2] Chapman et al. 2001 (NegEx). [3] Sennrich et al. 2016 (BPE).
+[4] Radford et al. 2021 (CLIP).
 """
+
 import argparse
-import csv
 import functools
+import gzip
 import html
-import io
+import itertools
 import json
 import math
 import re
@@ -30,415 +25,510 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
-import captioner
-from data import read_jsonl, replace_file
-from tokenizer import Tokenizer, trim  # noqa: F401  (the other scripts say text.Tokenizer)
+NODES = 85
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Keywords [1]: runs of content words between stop words. No tagger and no dictionary of medicine: what is not known to say
-# nothing may say something.
 
-# Words that end a run: grammar, the captioner's own phrases ("The image primarily showcases ..."), hedges, verbs, measures.
-STOP_WORDS = frozenset("""
-a an the this that these those its it they them their there here which who whose what where when while as also and or but
-nor if then than so such both either each every all any some most more less few several many much other another same own only
-of in on at by for from to into onto with within between among amongst along across over under around about through
-throughout near next against toward towards up down out off per via together due because
-like beneath above below upward downward even once actually best time times apparent typical mid still already
-is are was were be been being am has have had having do does did can could may might must shall should will would
-no not without very quite rather somewhat mainly mostly primarily predominantly largely overall generally typically often
-usually possibly probably likely potentially commonly approximately appear appears appearing appearance seem seems
-we i you he she one two three four five six
-
-image images photomicrograph photomicrographs micrograph micrographs picture photo photograph field fields view views
-slide slides section sections specimen sample region regions area areas patch patches part parts histopathology histopathological
-histology histologic histological microscopic microscopically microscopy magnification power resolution panel inset arrow arrows
-arrowhead arrowheads circle circled scale bar top bottom left right upper lower middle corner
-show shows showing shown showcase showcases showcasing display displays displaying displayed demonstrate demonstrates demonstrating
-reveal reveals revealing depict depicts depicting illustrate illustrates exhibit exhibits exhibiting contain contains
-containing include includes including feature features featuring characterize characterized characterise characterised
-characteristic characteristics describe described see sees seen observe observed observing note noted identify identified present
-presence visible evident evidence notable found highlight highlights highlighted indicate indicates indicating indicative
-arrange arranged arrangement set composed comprise comprises consist consists consisting made form forms forming formed
-involve involves involving invade invades invading proliferate proliferates grow grows growing extend extends
-extending surround surrounds separate separates separated line lines fill fills filling cause causes causing lead leads constitute constitutes
-equal least largest whole according develop develops developing replace replaces overlie overlies flank flanks dissolve dissolves appreciated site compare
-suggest suggests suggesting suggestive reminiscent consistent compatible diagnosis diagnostic represent represents point points
-finding findings impression favour favours favor favors case cases pattern patterns manner main key prominently interest
-h e haematoxylin hematoxylin eosin stain stains stained staining
-
-mm cm um µm μm nm mpp micron microns micrometer micrometers millimeter millimeters centimeter centimeters dimension hpf hpfs percent
-measure measures measured measuring mm2 cm2 mm3
-
-provide provides provided offer offers insight insights sure pathologist pathologists examine assess evaluate evaluation confirm further used
-educational human quality analysis figure courtesy history suspicious concern concerning purposes none nothing hardly
-""".split())
-
-# Words that say something only beside others: "medium-sized ducts" is a finding, "medium-sized" is none.
-LONE_WORDS = frozenset("""
-large small medium sized size big high low higher increased decreased abundant scant scattered dense loose mild moderate severe
-marked prominent extensive focal diffuse multiple numerous single occasional minimal substantial strong limited irregular regular round
-oval elongated enlarged uniform variable variability variation varying various different similar normal abnormal rare scarce infrequent inconspicuous intact positive
-pink purple blue brown dark pale light white red clear bright thin thick ragged color colour background well poor highly slightly partial superficial deep
-cell tissue structure shape shaped type kind group grade degree level amount number distribution rate component population element
-invasive infiltrate infiltrating proliferating proliferative aligned associated located attached adjacent fused disrupted classified classification
-total percentage index
-""".split())
-
-# A word that is a measure or a number and not a finding: "20", "40x", "pt2", "g3", "ii/iii", "n83-8950". A marker (cd20, p53, ki-67) is one.
+# --- Keywords: runs of content words between stop words, without a tagger or a dictionary ---------
+# Words that end a run, in the singular. A heading ends with a colon, so it equals no word.
+STOP = """
+grammar: a an the this that these those its it they them their there here which who what where when
+while each every all any some most more less few several many much other another same own only both
+either such we i you whole already even apparent typical and or but nor if then than so as also of
+in on at by for from to into onto with within between among along across over under around about
+through throughout near next against toward up down out off per via together due because like
+beneath above below is are was were be been being has have had having do does can could may might
+must should will would
+hedges: no not without none hardly very rather somewhat mainly mostly primarily predominantly
+largely overall generally typically often usually possibly probably likely potentially commonly
+appear appearing appearance seem concern concerning suspicious suggest suggesting suggestive favour
+favor reminiscent consistent compatible
+pictures: image photomicrograph micrograph picture photo photograph field view slide section
+specimen sample region area patch part site panel inset arrow arrowhead circle circled scale bar top
+bottom left right upper lower middle magnification resolution histopathology histopathological
+histology histologic histological microscopic microscopically microscopy h e haematoxylin
+hematoxylin eosin stain stained staining
+showing: show showing shown showcase showcasing display displaying displayed demonstrate
+demonstrating reveal revealing depict illustrate exhibit exhibiting contain containing include
+including feature featuring characterize characterized characteristic describe described see seen
+observe observed observing note noted identify identified present presence visible evident evidence
+notable found highlight highlighted indicate indicating indicative represent point prominently
+arranging: arrange arranged arrangement composed comprise consist consisting made form forming
+formed involve involving invade invading proliferate grow growing extend extending surround separate
+separated line fill filling cause causing lead develop replace pattern
+measures: micrometer millimeter centimeter one two three four time mm cm mm2 cm2 mm3 um µm μm nm
+micron percent measure measured measuring
+talk: important worth crucial noting mention diagnosis diagnostic finding impression case history
+main key interest provide provided insight pathologist examine assess evaluate evaluation confirm
+further used human quality analysis"""
+STOP = frozenset(STOP.split())
+# Words that are a finding only beside others: "irregular duct" is one, "irregular" is none.
+LONE = """
+sizes: large small medium sized size big high low thin thick deep superficial enlarged elongated
+round oval shape higher increased decreased abundant scant scattered dense loose prominent extensive
+focal diffuse multiple numerous single occasional minimal substantial strong limited rare scarce
+infrequent total inconspicuous percentage index amount number rate distribution
+degrees: mild moderate severe marked slightly highly partial poor well grade degree level
+likeness: irregular regular uniform variable variability variation varying various different similar
+normal abnormal intact positive classified classification type kind group
+colours: pink purple blue brown dark pale light white red clear bright color colour background
+figure cell tissue structure component population element
+behaviour: shaped invasive infiltrate infiltrating proliferating proliferative aligned associated
+located attached adjacent fused disrupted"""
+LONE = frozenset(LONE.split())
+# Measures and numbers: "40x", "pt2", "g3", "ii/iii", "n83-8950"; but "cd20" and "p53" are markers.
 MEASURE = re.compile(r"x?\d.*|(?:p?[tnm]|g)\d[a-d]?|[ivx]+(?:/[ivx]+)*|[a-z]*\d+-\d+|[a-z]*\d{4,}")
-VERBAL = re.compile(r"infiltrating|proliferating|\w{3,}(?<!e)(?<!differentiat)ed")           # behind a noun a verb, before it an adjective
+# A word that is a verb behind a noun ("cells infiltrating") and an adjective before it.
+VERBAL = re.compile(r"infiltrating|proliferating|\w{3,}(?<!e)(?<!differentiat)ed")
 WORD = re.compile(r"in situ\b|[^\W_]+(?:[/-][^\W_]+)*")
 
-# How captions are written, made one: (what is found, what stands for it), in this order.
-TIDY = [(re.compile(found), put) for found, put in (
-    (r"</?(?:p|br|li|ul|ol|div|h\d)\b[^>]{0,200}>", ". "), (r"https?://\S+", ", "), (r"<[a-z/][^>]{0,200}>|[*`#]+", " "),             # HTML, links, markdown
-    (r"['\u2019]s\b", ""), (r"\bnon (?=\w)", "non-"), (r"\bw/o\b", "without"), (r"\bw/", "with "), (r"\br/o\b", "rule out"), (r"\bneg for\b", "negative for"),
-    (r"\b(?:it is|it's) (?:important|worth|crucial) (?:to )?(?:note|noting|mention|mentioning)(?: that)?\b", " "),
-    (r"\b([a-z])\. (?=[a-z])|\b(e\.g|i\.e|vs|cf|ca)\.", r"\1 "),                     # a dot that ends no sentence: "e. coli"
-    # Necrosis: absent. Necrosis - none. CK20 (-). Mitoses: 0.
-    (r"(?:^|(?<=[.;,()\n]))[^.;:,()\n]*(?:(?::|\s[-\u2013])\s*(?:no|none|nil|absent|negative|not|0)\b[^.;\n]*|\(\s*(?:[-\u2013]|none|absent|negative)\s*\))", " "))]
-
-SENTENCE = re.compile(r"[.;:!?\n](?!\d)|\b(?:but|although|though|however|while|whereas|except)\b"
-                      r"|\band (?=there (?:is|are)\b|the [\w -]{1,60}? (?:is|are|has|have|shows?|contains?)\b)")
-SEGMENT = re.compile(r"[,()\[\]&]")
-
-# What a captioner says about itself, not about the picture: such a sentence is passed over.
-REMARK = re.compile(r"\bcorrelat\w+ (?:is|are|with clinical)\b|\bclinical(?:ly)? correlat|\b(?:is|are) (?:advised|recommended)\b|\bimportant to \w+|\bconsult\b"
-                    r"|\b(?:cannot|can not|could not) be (?:excluded|ruled|determined)|\bplease\b|\bas an ai\b|\badditional (?:information|context)")
-
-# Denials [2]: from here to the end of the clause nothing is seen ("no evidence of necrosis") ...
-DENIAL = re.compile(r"\b(?:no|none|nothing|not(?! only| just)|without|absence of|absent|negative for|lack of|lacks?|lacking|(?:free|void|devoid|clear) (?:of|from)|neither|never|nor"
-                    r"|hardly|little if|fail(?:s|ed)? to|rather than|instead of|in contrast to|compared? (?:this )?(?:with|to)|unlike|similar to|mimic(?:s|king)?"
-                    r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|exclud(?:es?|ing)|if)\b")
-# ... or the clause says that its subject is not ("mitoses are not identified").
-DENIED = re.compile(r"\b(?:is|are|was|were|be|been|can|could|has|have|had|do|does|did|appears?|seems?|remains?)\s?(?:(?:\w+ly|also|to be|been)\s)*"
-                    r"(?:not(?! only| just)\b|absent\b|lacking\b|never\b|excluded\b|ruled out\b)|n['\u2019]t\b|\bunlikely\b"
-                    r"|(?:\babsent|\bnegative|\bexcluded|\bnot (?:identified|seen|present|found|detected|observed|noted))\s*$")
-VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed|noted|found)\b")
-LAST = re.compile(r"^\s*and\b|\b(?:or|nor)\b")                                       # the last item of a list
-
-IRREGULAR = {"nuclei": "nucleus", "nucleoli": "nucleolus", "glomeruli": "glomerulus", "nevi": "nevus", "emboli": "embolus", "lumina": "lumen",
-             "lumens": "lumen", "septa": "septum", "mitoses": "mitosis", "metastases": "metastasis", "villi": "villus",
-             "acini": "acinus", "alveoli": "alveolus", "bronchi": "bronchus", "carcinomata": "carcinoma", "stromata": "stroma",
-             "foci": "focus", "calculi": "calculus", "thrombi": "thrombus", "bacilli": "bacillus", "fungi": "fungus", "ganglia": "ganglion",
-             "sinuses": "sinus", "matrices": "matrix"} | {w: w for w in "pancreas lens pons herpes diabetes ascites langerhans series species facies".split()}
+# One notation for all captions: pairs of what is found and its replacement, in this order.
+TIDY = [
+    # HTML, links and Markdown: "<p>Fat</p><b>Nests</b>", "**Nests**".
+    (r"</?(?:p|br|li|ul|ol|div|h\d)\b[^>]{0,200}>", ". "),
+    (r"https?://\S+", ", "),
+    (r"<[a-z/][^>]{0,200}>|[*`#]+", " "),
+    # "Crohn's disease", "non small cell".
+    (r"['\u2019]s\b", ""),
+    (r"\bnon (?=\w)", "non-"),
+    # A dot that ends no sentence: "E. coli", "e.g. fat".
+    (r"\b([a-z])\. (?=[a-z])|\b(e\.g|i\.e|vs|cf|ca)\.", r"\1 "),
+    # A form that says no: "Necrosis: absent.", "Atypia - none.", "Mitoses: 0", "CK20 (-)".
+    (
+        r"(?:^|(?<=[.;,()\n]))[^.;:,()\n]*(?:(?::|\s[-\u2013])\s*(?:no|none|nil|absent|negative"
+        r"|not|0)\b[^.;\n]*|\(\s*(?:[-\u2013]|none|absent|negative)\s*\))",
+        " ",
+    ),
+]
+# A sentence ends, or turns: "no atypia, but nests", "there is no atypia and the glands are small".
+SENTENCE = re.compile(
+    r"[.;:!?\n](?!\d)|\b(?:but|although|though|however|while|whereas|except)\b"
+    r"|\band (?=there (?:is|are)\b|the [\w -]{1,60}? (?:is|are|has|have|shows?|contains?)\b)"
+)
+# A sentence that is no description: "Clinical correlation is advised.", "Please consult ..."
+REMARK = re.compile(
+    r"\bclinical(?:ly)? correlat|\bcorrelat\w+ (?:is|are|with clinical)\b|\b(?:consult|please)\b"
+    r"|\b(?:is|are) (?:advised|recommended)\b|\b(?:cannot|could not) be (?:excluded|ruled out)"
+)
+# A trigger [2] that denies what follows it: "no evidence of necrosis", "unlike a carcinoma".
+DENIAL = re.compile(
+    r"\b(?:no|none|nothing|not(?! only| just)|without|w/o|absence of|absent|negative for|lacks?|nor"
+    r"|lack of|lacking|(?:free|void|devoid|clear) (?:of|from)|neither|never|unlike|rather than"
+    r"|fail(?:s|ed)? to|instead of|compared? (?:this )?(?:with|to)|similar to|mimic(?:s|king)?"
+    r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|r/o|exclud(?:es?|ing)|if)\b"
+)
+# A trigger that denies what stands before it: "mitoses are not identified", "metastasis absent".
+DENIED = re.compile(
+    r"\b(?:is|are|was|were|be|been|can|could|has|have|had|do|does|did|appears?|seems?|remains?)\s?"
+    r"(?:(?:\w+ly|also|to be|been)\s)*"
+    r"(?:not(?! only| just)\b|absent\b|lacking\b|never\b|excluded\b|ruled out\b)"
+    r"|n['\u2019]t\b|\bunlikely\b|\b(?:absent|negative|excluded|not \w+)\s*$"
+)
+# A clause ends here, but not at the commas of a list: "no atypia, necrosis, or mitoses".
+CLAUSE = re.compile(r"[,()\[\]&]")
+# A list runs from its first comma to its last "and" or "or". Its items hold none of these verbs.
+LIST = re.compile(
+    r"(?:,(?:(?!\b(?:is|are|was|were|has|have|shows?|appears?|seen|present|identified|observed"
+    r"|noted|found|indicating|suggesting|or|nor)\b)[^,()\[\]&])+){1,12}?"
+    r"(?:,\s*(?:and|or|nor)\b|\b(?:or|nor)\b)"
+)
+# Plurals by their ending, and those that are irregular.
+ENDINGS = "oses:osis ae:a ies:y sses:ss ches:ch shes:sh xes:x s:"
+ENDINGS = dict(pair.split(":") for pair in ENDINGS.split())
+IRREGULAR = """
+nuclei:nucleus nucleoli:nucleolus glomeruli:glomerulus nevi:nevus emboli:embolus lumina:lumen
+septa:septum metastases:metastasis villi:villus acini:acinus alveoli:alveolus bronchi:bronchus
+stromata:stroma foci:focus calculi:calculus thrombi:thrombus bacilli:bacillus fungi:fungus
+ganglia:ganglion pancreas:pancreas lens:lens herpes:herpes diabetes:diabetes ascites:ascites
+langerhans:langerhans species:species"""
+IRREGULAR = dict(pair.split(":") for pair in IRREGULAR.split())
 
 
 def singular(word):
-    """Naive plural folding, so that "glands" and "gland" are one keyword: an identical meaning must not be both a
-    positive and a negative of CVTA."""
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if len(word) > 6 and word.endswith("oses"):
-        return word[:-2] + "is"
-    if len(word) > 4 and word.endswith("ae"):
-        return word[:-1]
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes")):
-        return word[:-2]
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        return word[:-1]
+    """Fold a plural: "glands" and "gland" are one keyword, never each other's negative."""
+    if word in IRREGULAR or len(word) < 4 or word.endswith(("ss", "us", "is")):
+        return IRREGULAR.get(word, word)
+    for plural, ending in ENDINGS.items():
+        if word.endswith(plural):
+            return word.removesuffix(plural) + ending
     return word
 
 
 @functools.lru_cache(maxsize=200_000)
 def same(keyword):
-    """What two spellings of one keyword have in common: words in any order, hyphens and British letters folded. Not to be read:
-    "signet-ring cell" and "signet ring cell" -> "cell ring signet"; "tumour oedema" -> "edema tumor"."""
-    keyword = re.sub(r"our(?=s?\b)", "or", keyword.replace("-", " ").replace("ae", "e").replace("oe", "e").replace("isation", "ization"))
-    return " ".join(sorted(re.sub(r"([bt])re\b", r"\1er", keyword).split()))
-
-
-def _opens(parts):
-    """Does a denied list go on in these parts: does one begin with "and" or hold an "or" before one has a verb? -> "list" or ""."""
-    last = next((p for p in parts if VERB.search(p) or LAST.search(p)), "")
-    return "list" if LAST.search(last) and not VERB.search(last) else ""
+    """Give all spellings of a keyword one form: "signet-ring cell" -> "cell ring signet"."""
+    keyword = keyword.replace("-", " ").replace("isation", "ization")
+    # British letters: "haemorrhage", "oedema", "tumour", "fibre".
+    keyword = re.sub("ae|oe", "e", keyword)
+    keyword = re.sub(r"our(?=s?\b)", "or", keyword)
+    keyword = re.sub(r"([bt])re\b", r"\1er", keyword)
+    return " ".join(sorted(keyword.split()))
 
 
 def _affirmed(sentence):
-    """The parts of a sentence, cut at commas and brackets, that its speaker affirms: list of str. A denial takes its list along, before it
-    ("atypia, necrosis, and mitoses are absent") and behind it. Behind it there are two kinds: the "list" ends with its last item ("without
-    atypia, necrosis, or mitoses, in a fibrous stroma"), and the "subject" of the sentence with its verb ("No atypia, necrosis, and mitoses are seen")."""
-    parts, told, denied = SEGMENT.split(sentence), [], ""
-    for i, part in enumerate(parts):
-        if denied and not VERB.search(part):
-            denied = "" if denied == "list" and LAST.search(part) else denied
-            continue
-        if denied == "subject":                           # here is its verb
-            denied = ""
-            continue
-        denied, ahead = "", parts[i + 1 : i + 20]         # no longer list is looked for
-        if found := DENIED.search(part):
-            before = part[: found.start()]
-            while told and not VERB.search(told[-1]) and (not before.strip() or re.search(r"\b(?:and|or)\b", before)):
-                told.pop()
-            denied = _opens(ahead)
-        elif found := DENIAL.search(part):
-            told.append(part[: found.start()])
-            if not VERB.search(part[found.end() :]):
-                denied = "subject" if not told[-1].strip() and found[0] in ("no", "neither", "none") else _opens(ahead)
-        else:
-            told.append(part)
-    return told
+    """Yield the parts that a sentence affirms: a denial reaches to the end of its clause [2]."""
+    joined = LIST.sub(lambda found: found[0].replace(",", "|"), sentence)
+    for clause in CLAUSE.split(joined):
+        if not DENIED.search(clause):
+            yield from DENIAL.split(clause, maxsplit=1)[0].split("|")
+
+
+def _phrase(run, longest):
+    """Make a keyword of a run of content words; None if it is not a finding."""
+    while run and VERBAL.fullmatch(run[-1]):
+        run = run[:-1]
+    # Keep the end of a long run: the head of an English noun phrase comes last.
+    words = run[-longest:]
+    if len(words) < len(run) and words[0] == "cell":
+        words = words[1:]
+    phrase = " ".join(words)
+    # "clear cell" is a finding; "clear", "cell" and "clear structure" are none.
+    words = re.split("[ -]", phrase)
+    is_cell = len(words) > 1 and words[-1] == "cell"
+    is_empty = all(word in LONE or word.endswith("ly") for word in words)
+    return phrase if len(phrase) > 2 and (is_cell or not is_empty) else None
 
 
 @functools.lru_cache(maxsize=200_000)
 def _keywords(caption, longest):
-    caption = re.sub(r"\n(?=[a-z])", " ", unicodedata.normalize("NFKC", html.unescape(caption))).lower()                # a line only wrapped
-    found = {}                                            # a dict keeps the order of first mention
-    for pattern, put in TIDY:
-        caption = pattern.sub(put, caption)
+    # Join wrapped lines, which go on in lower case.
+    caption = unicodedata.normalize("NFKC", html.unescape(caption))
+    caption = re.sub(r"\n(?=[a-z])", " ", caption).lower()
+    for pattern, replacement in TIDY:
+        caption = re.sub(pattern, replacement, caption)
+    found = {}
     for sentence in SENTENCE.split(caption):
-        for part in () if REMARK.search(sentence) else _affirmed(sentence):
+        if REMARK.search(sentence):
+            continue
+        for part in _affirmed(sentence):
             run = []
-            for word in [*WORD.findall(part), ""]:        # "" closes the last run
-                if word and word not in STOP_WORDS and not MEASURE.fullmatch(word):
-                    run.append(singular(word))
+            # The empty word at the end closes the last run.
+            for word in [*WORD.findall(part), ""]:
+                one = singular(word)
+                if word and not {word, one} & STOP and not MEASURE.fullmatch(word):
+                    run.append(one)
                     continue
-                while run and VERBAL.fullmatch(run[-1]):
-                    run.pop()
-                cut = run[-longest:]                      # English puts the head of a noun phrase last
-                phrase = " ".join(cut[1:] if len(cut) < len(run) and cut[0] == "cell" else cut)      # clear | cell renal cell carcinoma
-                words = re.split("[ -]", phrase)          # "clear cell" says something, "clear" and "cell" and "clear structure" do not
-                if len(phrase) > 2 and (words[1:] and words[-1] == "cell" or not all(w in LONE_WORDS or w.endswith("ly") for w in words)):
+                phrase = _phrase(run, longest)
+                if phrase:
                     found.setdefault(same(phrase), phrase)
                 run = []
     return tuple(found.values())
 
 
 def keywords(caption, longest=4):
-    """The noun-phrase-like keywords of one caption: list of distinct lower-case phrases of 1..`longest` words, in order
-    of mention, plurals folded; denied findings, measures and remarks dropped.
+    """Extract the keywords of a caption (str or None).
 
-    >>> keywords("The image shows tubular glands in a fibrous stroma, without necrosis.")
-    ['tubular gland', 'fibrous stroma']
+    "The image shows tubular glands in a stroma, without necrosis." -> ["tubular gland", "stroma"]:
+    distinct phrases of 1 to `longest` words, in lower case and singular, in order of mention.
     """
     return list(_keywords(caption or "", longest))
 
 
-def keyword_bag(captions, size=128, corpus=None):
-    """The textual bag of one visual bag: captions (list of str or None, one per node) -> at most `size` keywords, of which no two
-    are the `same`. Deterministic.
+def count_corpus(captions, most=1_000_000):
+    """Count how many captions name each keyword; captions: any iterable of str or None.
 
-    Without a corpus the keywords that most captions name come first. With one (`count_corpus`), those that tell this bag from
-    others: named by n captions where n' were to be expected, a keyword scores n ln(1 + n / n'). What every bag says of itself
-    (a fold, a vessel, poor focus) then ranks behind what is said here. Ties in order of first mention."""
-    count, first, told = Counter(), {}, 0
+    Returns {"captions": their number, "count": {same(keyword): captions that name it}, "common":
+    the 4,096 most frequent as first written}. Beyond `most` keywords, rare ones are forgotten.
+    """
+    told = 0
+    count = Counter()
+    first = {}
+    room = most
     for caption in captions:
-        found = keywords(caption)
-        told += caption is not None and caption != ""
-        for k in found:
-            first.setdefault(same(k), k)
-        count.update(map(same, found))
-    score = count
-    if corpus:
-        expect = told / max(1, corpus["captions"])        # a keyword the corpus no longer knows was named once
-        score = {s: n * math.log1p(n / (expect * corpus["count"].get(s, 1))) for s, n in count.items()}
-    return [first[s] for s in sorted(count, key=lambda s: -score[s])[:size]]
+        told += bool(caption)
+        for keyword in keywords(caption):
+            form = same(keyword)
+            first.setdefault(form, keyword)
+            count[form] += 1
+        if len(count) > room:
+            count = Counter({form: n for form, n in count.items() if n > 1})
+            first = {form: first[form] for form in count}
+            room = max(most, 2 * len(count))
+    common = [first[form] for form, _ in count.most_common(4096)]
+    return {"captions": told, "count": dict(sorted(count.items())), "common": common}
+
+
+def keyword_bag(captions, size=128, corpus=None):
+    """Collect the textual bag of a visual bag: at most `size` keywords, no two of them the `same`.
+
+    captions: list of str or None, one for each node. Without a corpus (of `count_corpus`), the
+    number of captions that name a keyword ranks it. With one, it scores n ln(1 + n / n'): n
+    captions of the bag name it, n' would if the bag were like the corpus. So what every bag says
+    ("a tissue fold") ranks low. Ties stay in order of mention.
+    """
+    bag = count_corpus(captions)
+    if corpus is None:
+        return bag["common"][:size]
+    share = bag["captions"] / max(1, corpus["captions"])
+
+    def score(keyword):
+        n = bag["count"][same(keyword)]
+        # A keyword that the corpus does not list counts as named once.
+        return n * math.log1p(n / (share * corpus["count"].get(same(keyword), 1)))
+
+    return sorted(bag["common"], key=score, reverse=True)[:size]
 
 
 def keyword_owners(captions, bag):
-    """Which node's own caption names which keyword: bool[len(captions), len(bag)]. The warm-up of CVTA trusts it."""
-    column = {same(k): i for i, k in enumerate(bag)}
-    own = np.zeros((len(captions), len(bag)), bool)
-    for n, caption in enumerate(captions):
-        own[n, [column[s] for s in map(same, keywords(caption)) if s in column]] = True
-    return own
+    """Tell which caption names which keyword of a textual bag -> bool [len(captions), len(bag)]."""
+    column = {same(keyword): i for i, keyword in enumerate(bag)}
+    owners = np.zeros((len(captions), len(bag)), bool)
+    for row, caption in enumerate(captions):
+        for keyword in keywords(caption):
+            if same(keyword) in column:
+                owners[row, column[same(keyword)]] = True
+    return owners
 
 
-def _caption_lines(file):
-    """Yield (key, caption or None) of bags-*.captions.jsonl."""
-    for i, _, row in read_jsonl(file):
+def read_lines(path):
+    """Yield (line number, record) of a file of JSON lines. ValueError names a broken line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as e:
+                hint = "correct or delete this line"
+                raise ValueError(f"{path}:{number}: not JSON ({e}): {hint}") from None
+            yield number, record
+
+
+class Captions:
+    """Read the captions of a folder of shards: lines {"key", "node", "caption", ...}.
+
+    captions[key] -> list of 85 (str, or None where a node has no caption). If a node has several
+    lines, the last one counts. The last 2,048 bags are kept. Iterating yields (key, list of 85).
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.files = sorted(self.folder.glob("bags-*.captions.jsonl"))
+        self.kept = {}
+
+    def __getitem__(self, key):
+        if key not in self.kept:
+            path = self.folder / f"bags-{key.rsplit('-', 1)[0]}.captions.jsonl"
+            bags = self._read(path) if path.exists() else {}
+            # Put this bag last, and drop the first ones.
+            bags[key] = bags.pop(key, [None] * NODES)
+            self.kept |= bags
+            for other in list(self.kept)[:-2048]:
+                del self.kept[other]
+        return self.kept[key]
+
+    def __iter__(self):
+        for path in self.files:
+            yield from self._read(path).items()
+
+    def _read(self, path):
+        slide = path.name.removeprefix("bags-").removesuffix(".captions.jsonl")
+        form = f'{{"key": "{slide}-...", "node": 0 to 84, "caption": "..."}}'
+        bags = {}
+        for number, row in read_lines(path):
+            match row:
+                case {"key": str(key), "node": int(node), "caption": str() | None as caption} if (
+                    0 <= node < NODES and key.rsplit("-", 1)[0] == slide
+                ):
+                    bags.setdefault(key, [None] * NODES)[node] = caption or None
+                case _:
+                    raise ValueError(
+                        f"{path}:{number}: expected {form}: correct or delete this line"
+                    )
+        return bags
+
+
+# --- Text to numbers, with CLIP's vocabulary or one that is learned from the captions -------------
+# CLIP's words [4]: contractions, letters, single digits, runs of other marks.
+SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+# open_clip's cleaning: quotes become straight, ligatures and full-width forms become letters, and
+# control characters go.
+JOINED = (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07))
+CLEAN = dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
+CLEAN |= dict.fromkeys(range(0x201C, 0x2020), '"')
+for code in (0x3000, *JOINED, *range(0xFF01, 0xFFEF)):
+    CLEAN[code] = unicodedata.normalize("NFKC", chr(code))
+CLEAN |= {0x149: "'n", 0xFB05: "\u017ft"}
+CLEAN |= dict.fromkeys([*range(9), 0xB, *range(0xE, 0x20), 0x7F, 0xFEFF])
+# A printable character for each byte, the table of GPT-2 and CLIP.
+BYTE = {byte: chr(byte) for byte in range(33, 256) if chr(byte).isprintable()}
+BYTE |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(BYTE)))}
+
+
+def split_words(text):
+    """Cut a text into lower-case words as open_clip does [4] -> list of str."""
+    # ftfy resolves HTML entities unless the text looks like markup ...
+    if "&" in text and "<" not in text:
+        text = html.unescape(text)
+    if not (text.isascii() and text.isprintable()):
+        text = unicodedata.normalize("NFC", text.translate(CLEAN))
+    # ... and open_clip does so twice, because captions are often escaped twice.
+    text = html.unescape(html.unescape(text)).lower()
+    # Part number signs such as a half from the letters, which Python's \w does not.
+    if not text.isascii():
+        text = "".join(f" {c} " if c.isalnum() and not c.isalpha() else c for c in text)
+    return SPLIT.findall(text)
+
+
+def _symbols(word):
+    """Spell a word in byte symbols, the last one marked by "</w>" -> list of str."""
+    symbols = [BYTE[byte] for byte in word.encode(errors="replace")]
+    symbols[-1] += "</w>"
+    return symbols
+
+
+def _merge(parts, pair):
+    """Join every occurrence of `pair` in a list of symbols, from left to right."""
+    merged = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+class Tokenizer:
+    """Byte-level BPE [3]: any text has ids, there is no unknown token.
+
+    merges: list of pairs of symbols, in the order in which they were learned. The ids are CLIP's
+    [4]: 256 byte symbols, the same at the end of a word, the merges, .start, .end. CLIP lacks the
+    last one, .mask, which masked language modelling needs. An embedding table needs .size rows.
+    """
+
+    def __init__(self, merges):
+        self.merges = [tuple(pair) for pair in merges]
+        self.rank = {pair: i for i, pair in enumerate(self.merges)}
+        self.symbol = [*BYTE.values(), *(symbol + "</w>" for symbol in BYTE.values())]
+        self.symbol += ["".join(pair) for pair in self.merges]
+        self.id = {symbol: i for i, symbol in enumerate(self.symbol)}
+        self.start = len(self.symbol)
+        self.end = self.start + 1
+        self.mask = self.start + 2
+        self.size = self.start + 3
+        self.known = {}
+
+    @classmethod
+    def train(cls, texts, size):
+        """Learn merges from an iterable of texts, until there are `size` ids or no pair is left."""
+        words = Counter()
+        for text in texts:
+            words.update(split_words(text))
+        split = {word: _symbols(word) for word in words}
+        # The count of each pair, and the words that may hold it: only they change in a step.
+        count = Counter()
+        where = defaultdict(set)
+        for word, parts in split.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                count[pair] += words[word]
+                where[pair].add(word)
+
+        merges = []
+        while count and len(merges) < size - 512 - 3:
+            # Join the most frequent pair [3]; among equals the greater one, to be reproducible.
+            best = max(count, key=lambda pair: (count[pair], pair))
+            if count[best] < 2:
+                break
+            merges.append(best)
+            for word in where.pop(best):
+                before = split[word]
+                after = _merge(before, best)
+                split[word] = after
+                for pair in zip(before, before[1:], strict=False):
+                    count[pair] -= words[word]
+                for pair in zip(after, after[1:], strict=False):
+                    count[pair] += words[word]
+                    where[pair].add(word)
+            del count[best]
+        return cls(merges)
+
+    @classmethod
+    def from_clip(cls, path):
+        """Read CLIP's own vocabulary: 49,408 ids, the same as open_clip's. path: the file
+        bpe_simple_vocab_16e6.txt.gz, or merges.txt or tokenizer.json of a CLIP on Hugging Face."""
         try:
-            key, caption = row["key"], row["caption"]
-            if not isinstance(key, str) or not isinstance(caption, str | None):
-                raise TypeError
-        except (KeyError, TypeError):
-            raise ValueError(f'{file}:{i}: expected {{"key": ..., "node": ..., "caption": "..."}}: mend or delete this line') from None
-        yield key, caption
+            raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
+            if str(path).endswith(".json"):
+                merges = json.loads(raw)["model"]["merges"]
+            else:
+                # A heading, then a pair a line. CLIP uses only the first ones.
+                merges = raw.decode().split("\n")[1:48895]
+            merges = [pair.split() if isinstance(pair, str) else pair for pair in merges]
+            if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
+                raise ValueError(f"{len(merges):,} merges instead of 48,894 pairs")
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as e:
+            remedy = "give bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json"
+            raise ValueError(f"{path} is not CLIP's merge list ({e}): {remedy}") from e
+        return cls(merges)
 
-
-def count_corpus(folder, most=1_000_000):
-    """How often each keyword is named in a folder of shards: {"captions": number of captions, "count": {same(keyword): captions that
-    name it}, "common": the 4,096 most frequent as they were first written}. One pass over bags-*.captions.jsonl, kept as `keywords.json` beside them and made anew when a caption file or this file changed.
-
-    Where there are more than `most` keywords, those named once are forgotten on the way. ValueError where there are no captions."""
-    files, path = sorted(Path(folder).glob("bags-*.captions.jsonl")), Path(folder) / "keywords.json"
-    if not files:
-        raise ValueError(f"{folder} holds no bags-*.captions.jsonl: caption the shards first (`python text.py import ... --shards {folder}`)")
-    stamp = [zlib.crc32(Path(__file__).read_bytes()), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
-    try:
-        corpus = json.loads(path.read_text())
-        if corpus["stamp"] == stamp:
-            return corpus
-    except (OSError, ValueError, KeyError, TypeError):    # none yet, or a damaged one
-        pass
-    corpus, count, first = {"stamp": stamp, "captions": 0, "count": {}, "common": []}, Counter(), {}
-    for file in tqdm(files, desc="keywords", unit="shard", disable=None, leave=False):
-        for _, caption in _caption_lines(file):
-            corpus["captions"] += bool(caption)
-            for k in keywords(caption):
-                first.setdefault(s := same(k), k)
-                count[s] += 1
-        if len(count) > most:
-            count = Counter({s: n for s, n in count.items() if n > 1})
-            first = {s: first[s] for s in count}
-    if not corpus["captions"]:
-        raise ValueError(f"{folder}/bags-*.captions.jsonl hold no caption: make them again (`python text.py caption` or `import`)")
-    corpus["count"], corpus["common"] = dict(sorted(count.items())), [first[s] for s, _ in count.most_common(4096)]
-    try:
-        replace_file(path, json.dumps(corpus, ensure_ascii=False))
-    except OSError:                                       # a folder that is only to be read
-        pass
-    return corpus
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-CAPTION_COLUMNS = ("caption", "Answer", "title_en", "organ_en", "note")                  # joined where there are several
-
-
-def _read_captions(source):
-    """Yield (name, node or None, caption) of a JSON-lines file, a CSV with a heading, or a folder of JSON files, one per image, as the
-    authors' release writes them ({"Image", "Answer", ...}). ValueError names file and line."""
-    def read(file):
+    @classmethod
+    def load(cls, path):
+        """Read the tokenizer.json of a run folder, which holds `to_json()`."""
         try:
-            return file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not text in UTF-8: save it so, or leave it out") from None
+            merges = json.loads(Path(path).read_text(encoding="utf-8"))["merges"]
+            return cls([(left + "", right + "") for left, right in merges])
+        except (ValueError, KeyError, TypeError) as e:
+            remedy = "give the tokenizer.json of a run folder"
+            raise ValueError(f"{path} is no tokenizer of ours: {remedy}") from e
 
-    def row(where, r):
-        try:
-            r = json.loads(r) if isinstance(r, str) else r
-        except ValueError as e:
-            raise ValueError(f"{where}: not JSON ({e}): mend or delete this line") from None
-        try:
-            if not any(k in r for k in CAPTION_COLUMNS):
-                raise KeyError
-            parts = [r.get(k) or "" for k in CAPTION_COLUMNS]
-            name = next(r[k] for k in ("key", "slide", "Image", "image", "file") if r.get(k))
-            node = r.get("node")
-            if node not in (None, "") and type(node) is not int and not str(node).strip().isdigit():
-                raise ValueError
-            caption = ". ".join(p.strip().rstrip(".") for p in parts if p.strip())
-            return Path(name).name, int(node) if node not in (None, "") else None, caption.encode("utf-8", "replace").decode()
-        except (StopIteration, ValueError, KeyError, TypeError, AttributeError):
-            there = f", not {', '.join(map(str, r))}" if isinstance(r, dict) else ""
-            raise ValueError(f'{where}: expected "key", "slide" or "image", a "caption", and perhaps a "node"{there}') from None
+    def to_json(self):
+        return json.dumps({"merges": self.merges}, ensure_ascii=False)
 
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(path.glob("*.json"))
-        if not files:
-            raise ValueError(f"{path} holds no *.json, one per image: give such a folder, or a CSV or JSON-lines file")
-        yield from (row(file, read(file)) for file in files)
-    elif path.suffix.lower() == ".csv":
-        yield from (row(f"{path}:{i}", r) for i, r in enumerate(csv.DictReader(io.StringIO(read(path), newline="")), 2))
-    else:
-        yield from (row(f"{path}:{i}", line) for i, line in enumerate(read(path).split("\n"), 1) if line.strip())
+    def encode(self, text):
+        """Turn a text into ids -> list of int, without start and end."""
+        ids = []
+        for word in split_words(text):
+            if word not in self.known:
+                self.known[word] = self._encode_word(word)
+            ids += self.known[word]
+        return ids
 
+    def _encode_word(self, word):
+        parts = _symbols(word)
+        # Join the pair that was learned first, until none is left.
+        while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in self.rank]:
+            parts = _merge(parts, min(pairs, key=self.rank.get))
+        return [self.id[part] for part in parts]
 
-def import_captions(source, shards):
-    """Captions made elsewhere -> bags-*.captions.jsonl beside the shards; returns how many shards.
+    def decode(self, ids):
+        """Turn ids into a text; special ids are skipped, single spaces stand between words."""
+        symbols = "".join(self.symbol[i] for i in ids if i < self.start).replace("</w>", " ")
+        byte = {symbol: code for code, symbol in BYTE.items()} | {" ": ord(" ")}
+        return bytes(byte[symbol] for symbol in symbols).decode(errors="replace").strip()
 
-    source: see `_read_captions`. A name is that of a bag (its key), of an image of one node (`KEY_NODE.png`), or of a slide. What is
-    said of a node counts first, then what is said of its bag, then of its slide; the last two are told of every node and marked
-    `"source": "bag"` or `"slide"`. ValueError where a bag has no caption at all; nothing is written then."""
-    files = sorted(Path(shards).glob("bags-*.tar"))
-    if not files:
-        raise ValueError(f"{shards} holds no bags-*.tar: make them with `python data.py tile SLIDES --out {shards}`")
-    bags = {f: [(key, meta["slide"]) for key, meta in captioner.bag_metas(f).items()] for f in files}
-    keys = {key for pairs in bags.values() for key, _ in pairs}
-    slides = {name: slide for pairs in bags.values() for _, slide in pairs for name in (Path(slide).stem, slide)}
-    captions, strangers = {}, []
-    for name, node, caption in _read_captions(source):
-        image = re.fullmatch(r"(.+)_(\d+)", Path(name).stem)
-        if image and image[1] in keys and node is None:
-            name, node = image[1], int(image[2])
-        said, name = name, name if name in keys else slides.get(name) or (Path(name).stem if Path(name).stem in keys else None)
-        if name is None or node is not None and not (name in keys and 0 <= node < 85):
-            strangers.append(said)
-        elif caption:
-            captions[name, node] = caption
-    lacking = [slide for pairs in bags.values() for key, slide in pairs
-               if not ((key, None) in captions or (slide, None) in captions or any((key, n) in captions for n in range(85)))]
-    left_out = f"{len(strangers)} of its lines fit no bag, the first {strangers[0]!r} (a node, 0 to 84, goes with a bag)" if strangers else ""
-    if lacking:
-        raise ValueError(f"{source} has no caption for {len(lacking)} bags of {len(set(lacking))} slides ({', '.join(sorted(set(lacking))[:3])}): add a line for each"
-                         + (f"; {left_out}" if left_out else ""))
-    for out in (out for file in bags if (out := file.with_suffix(".captions.jsonl")).exists()):
-        with open(out, encoding="utf-8") as f:
-            if '"model"' in f.readline():
-                raise ValueError(f"{out} holds captions that a model was asked for: move it away first, they were dear")
-    if left_out:
-        print(f"{source}: {left_out}", file=sys.stderr)
-    for file, pairs in tqdm(bags.items(), desc="captions", unit="shard"):
-        lines = []
-        for key, slide in pairs:
-            for n in range(85):
-                named = [("image", (key, n)), ("bag", (key, None)), ("slide", (slide, None))]
-                if kind := next((kind for kind, name in named if name in captions), None):
-                    lines.append(json.dumps({"key": key, "node": n, "caption": captions[dict(named)[kind]], "source": kind}, ensure_ascii=False))
-        replace_file(file.with_suffix(".captions.jsonl"), "\n".join(lines) + "\n")
-    return len(files)
+    def batch(self, texts, context=77):
+        """Turn B texts into int64 [B, context]: start, ids (cut where too many), end, zeros."""
+        out = torch.zeros(len(texts), context, dtype=torch.long)
+        for row, text in zip(out, texts, strict=True):
+            ids = [self.start, *self.encode(text)[: context - 2], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return out
 
 
-def print_keywords(shards, bags, size):
-    """Count the corpus, then print the textual bag of the first `bags` bags: each keyword with the number of captions that name it."""
-    corpus, shown = count_corpus(shards), 0
-    print(f"{corpus['captions']:,} captions, {len(corpus['count']):,} keywords: {shards}/keywords.json")
-    for file in sorted(Path(shards).glob("bags-*.captions.jsonl")):
-        rows = defaultdict(list)
-        for key, caption in _caption_lines(file):
-            rows[key].append(caption)
-        for key, captions in rows.items():
-            if shown == bags:
-                return
-            words = keyword_bag(captions, size, corpus)
-            own = keyword_owners(captions, words).sum(0)
-            print(f"{key}: {sum(map(bool, captions))} captions, {len(words)} keywords\n  " + ", ".join(f"{w} ({n})" for w, n in zip(words, own)))
-            shown += 1
+def trim(ids, end, multiple=8):
+    """Cut the padding that all texts share: ids [..., T] -> [..., T'], T' rounded up."""
+    longest = int((ids == end).int().argmax(-1).max()) + 1
+    return ids[..., : -(-longest // multiple) * multiple].contiguous()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    k = commands.add_parser("keywords", help="print the textual bags of a folder of shards")
-    k.add_argument("shards")
-    k.add_argument("--bags", type=int, default=3, help="how many (3)")
-    k.add_argument("--size", type=int, default=128, help="keywords per bag at most (128)")
-    c = commands.add_parser("caption", help="ask a served vision-language model about every patch (captioner.py)")
-    c.add_argument("shards", help="folder of bags-*.tar")
-    c.add_argument("--endpoint", required=True, metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1")
-    c.add_argument("--model", required=True, help="its name there")
-    c.add_argument("--prompt", default=captioner.PROMPT, help="the question (%(default)r)")
-    c.add_argument("--levels", default="5,10,20,40", help="magnifications to caption (%(default)s)")
-    c.add_argument("--concurrency", type=int, default=32, help="questions at a time (%(default)s)")
-    c.add_argument("--max-tokens", type=int, default=256, help="longest answer (%(default)s)")
-    c.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer (%(default)s)")
-    i = commands.add_parser("import", help="captions made elsewhere -> captions of all nodes")
-    i.add_argument("source", help="JSON lines or CSV of key, slide or image, and caption; or a folder of JSON files, one per image")
-    i.add_argument("--shards", required=True, help="folder of bags-*.tar")
+    parser = argparse.ArgumentParser(description="Print textual bags, with counts of captions.")
+    parser.add_argument("shards", help="folder of bags-*.captions.jsonl")
+    parser.add_argument("--bags", type=int, default=3, help="bags to print (%(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="most keywords a bag (%(default)s)")
     args = parser.parse_args()
-    if args.command == "keywords":
-        if min(args.bags, args.size) < 1:
-            raise ValueError(f"--bags {args.bags} --size {args.size}: give at least 1 of each")
-        print_keywords(args.shards, args.bags, args.size)
-    elif args.command == "caption":
-        levels = args.levels.split(",")
-        if not set(levels) <= {"5", "10", "20", "40"} or args.concurrency < 1:
-            raise ValueError(f"--levels {args.levels} --concurrency {args.concurrency}: give some of 5,10,20,40 and at least 1")
-        n = captioner.caption_folder(args.shards, args.endpoint, args.model, args.prompt, tuple(map(int, levels)), args.concurrency,
-                                     args.max_tokens, args.timeout)
-        print(f"{n['captions']} captions for {n['shards']} shards in {args.shards}" + f"; {n['elsewhere']} are with another process" * (n["elsewhere"] > 0))
-        if n["failed"]:
-            raise ValueError(f"{n['failed']} patches got no caption, see {args.shards}/bags-*.failures.jsonl: the same command asks for them again")
-    else:
-        print(f"captions for {import_captions(args.source, args.shards)} shards in {args.shards}")
+
+    captions = Captions(args.shards)
+    if not captions.files:
+        raise ValueError(f"{args.shards} holds no captions: make them with prepare/captions.py")
+    corpus = count_corpus(itertools.chain.from_iterable(bag for _, bag in captions))
+    print(f"{corpus['captions']:,} captions, {len(corpus['count']):,} keywords in {args.shards}")
+    for key, bag in itertools.islice(captions, max(0, args.bags)):
+        words = keyword_bag(bag, max(1, args.size), corpus)
+        owners = keyword_owners(bag, words).sum(0)
+        print(f"{key}: {sum(map(bool, bag))} captions, {len(words)} keywords")
+        print("  " + ", ".join(f"{word} ({n})" for word, n in zip(words, owners, strict=True)))
 
 
 if __name__ == "__main__":
@@ -447,4 +537,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("stopped: what was answered is kept, and the same command continues")
+        sys.exit(130)

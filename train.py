@@ -1,36 +1,38 @@
-"""Train MR-PLIP: one column from settings to the last checkpoint. Run it as it is and it makes its own data first.
+"""Train MR-PLIP: one column from settings to the last checkpoint.
 
-    torchrun train.py                                              # the built-in world, two CPU cores, about six minutes
-    torchrun train.py --out runs/no_cvta --cvta 0                  # an ablation: a loss with weight 0 is not computed
+    torchrun train.py                                # the built-in world, in minutes on a CPU
+    torchrun train.py --out runs/no_cvta --cvta 0    # an ablation: weight 0 removes a loss
     torchrun --nproc_per_node=8 train.py --preset paper --data bags --out runs/paper \\
-        --vision uni/pytorch_model.bin --text quiltnet/open_clip_pytorch_model.bin --tokenizer bpe_simple_vocab_16e6.txt.gz
+        --vision uni/pytorch_model.bin --text quiltnet/open_clip_pytorch_model.bin \\
+        --tokenizer bpe_simple_vocab_16e6.txt.gz
 
-Plain `python train.py` does the same on one process. The same command again continues where the last one stopped, on as many processes
-as you like. `--data DIR` holds DIR/train and DIR/test, each with bags-*.tar (data.py tile) and bags-*.captions.jsonl (text.py).
+Plain `python train.py` does the same on one process. The same command continues where the last one
+stopped, on as many processes as you like. --data DIR holds DIR/train and DIR/test, each with shards
+(`data.py tile`) and captions (`python -m prepare.captions`).
 
-Read `main` for the loop, from the top to the bottom. What a step sees is in batches.py, what it computes in objective.py, what stays in runs.py.
+Read Batches for what a step sees, then main from top to bottom. The method is losses.Objective.
 
 References: [1] MR-PLIP, CVPR 2025.
 """
+
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on a busy machine (dev/LOG.md)
+# Let idle threads sleep: spinning ones starve each other on a busy machine (dev/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
 import difflib
-import functools
 import inspect
 import json
 import math
 import signal
+import subprocess
 import sys
-import textwrap
 import time
 import traceback
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,581 +42,808 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import evaluate
 import losses
 import model as networks
-import runs
-import subjects
 import text
-import weights
-import zeroshot
-from batches import Batches, Features, ahead, cache_features, features_name, make_world, number
-from objective import Objective
 
+# --------------------------------------------------------------------------------------------------
+# Settings
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: one field a line, its unit or reason beside it. Every field is a flag; --help prints this table.
 
 @dataclasses.dataclass
 class Config:
-    """All settings of a run. PRESETS below changes several at once; a flag on the command line wins over both."""
+    """Hold all settings of a run. Every field is a flag; a preset changes several."""
 
-    preset: str = "synthetic"      # synthetic | paper: a named set of the values below
-    out: str = "runs/synthetic"    # the run's folder: config, log, checkpoints, results
-    data: str = "data/synthetic"   # folder with train/ and test/ shards; the default one is made when it is not there
-    seed: int = 0                  # of weights, batches, masks; the built-in slides have their own (always 0)
+    preset: str = "synthetic"  # synthetic | paper: a named set of the values below
+    out: str = "runs/synthetic"  # folder of the run
+    data: str = "data/synthetic"  # folder with train/ and test/; the default one makes itself
+    init: str = ""  # file of prepare.words; DATA/words.pt if that is there; "none" for none
+    seed: int = 0  # of weights and batches
     # data
-    bags: int = 32                 # bags per optimiser step, over all processes and accumulation; more = more negatives
-    accumulate: int = 1            # micro-batches per step; saves memory, but negatives stay within a micro-batch
-    children: int = 1              # of the 4 children of each node, those seen in a step: 1, 2, 4 -> 4, 15, 85 nodes a bag
-    pairs: float = 0.5             # (patch, caption) pairs per bag that ITM, MLM and PLM read, spread over magnifications
-    keywords: int = 24             # at most this many keywords in a textual bag, those that tell it best from other bags
-    turns: bool = True             # turn and mirror the bags
-    jitter: float = 0.2            # stain augmentation: relative change of haematoxylin and eosin
-    scale_jitter: float = 0.0      # enlarge a random square of the bag, its side 1 - this at least: magnifications between the four
-    cache: bool = False            # with a frozen tower: compute its features once, beside the shards, and train without pixels (no augmentation)
-    workers: int = 1               # loader processes of each process
-    ram: float = 2.0               # GB: decoded bags that each loader process keeps in memory; the built-in world needs 1.6
-    # objective [1]: L = ITC + ITM + MLM + PLM + CVTA + MRTVA, each with weight 1 in the paper, and in --preset paper
-    itc: float = 1.0               # weight of image-text contrast; 0 removes a loss and its cost
-    itm: float = 1.0               # ... image-text matching
-    mlm: float = 0.25              # ... masked language modelling; at 1 the noise of the 50 words it masks a step drowns what PLM says
-    plm: float = 1.0               # ... prefix language modelling
-    cvta: float = 1.0              # ... cross-resolution visual-textual alignment
-    mrtva: float = 1.0             # ... text-guided alignment of parents and children
-    k_o: int = 4                   # keywords selected per patch (the paper's figure shows 8, of longer captions)
-    cvta_select: str = "cosine"    # how a patch finds its keywords: cosine [1] | ema (cosine of the momentum model) | own (those of its caption)
-    cvta_negatives: str = "batch"  # bag as in the paper | batch: all keywords of the batch
-    warm: float = 0.8              # share of the steps in which all patches take keywords of their own captions, whatever cvta_select is
-    hand: float = 0.1              # share of the steps after that over which a growing share of them passes to cvta_select
-    mrtva_pairs: str = "edges"     # edges (parent and child) | ancestors | levels (whole magnifications) | random (the control)
-    kin: float = 0.1               # ITC target mass on patches of the same bag
-    # momentum model: ALBEF's soft targets and queue. Without both, and without cvta_select ema, it does not exist
-    alpha: float = 0.0             # weight of its answers in the targets of ITC, MLM and PLM (ALBEF: 0.4), rising over the first epoch
-    queue: int = 0                 # its features of so many earlier patches are negatives of ITC (ALBEF: 65536); any number
-    half_life: float = 4400        # it forgets half of itself every so many bags (ALBEF's 0.995 a step: every 138 steps)
+    bags: int = 32  # bags a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches a step; saves memory, but negatives stay inside each
+    children: int = 1  # of 4 children, those seen in a step: 1, 2, 4 -> 4, 15, 85 nodes a bag
+    pairs: float = 0.5  # patches per bag that ITM, MLM and PLM read
+    keywords: int = 24  # keywords of a bag at most
+    flips: bool = True  # turn and mirror the bags
+    jitter: float = 0.2  # stain augmentation: relative change of haematoxylin and eosin
+    zoom: float = 0.0  # enlarge a random square of the bag, of side 1 - zoom at least
+    cache: bool = False  # train on the features that prepare.features computed, without pixels
+    workers: int = 1  # loader processes of each process
+    # objective: the weight of each loss, where 0 removes it and its cost; then its settings
+    itc: float = 1.0  # image-text contrast
+    itm: float = 1.0  # image-text matching
+    mlm: float = 0.25  # masked language modelling; at 1 its noise drowns PLM in small batches
+    plm: float = 1.0  # prefix language modelling
+    cvta: float = 1.0  # patches against the keywords of their bag [1]
+    mrtva: float = 1.0  # parents and children agree [1]
+    k_o: int = 4  # keywords selected per patch
+    own_captions: float = 0.8  # share of the steps in which keywords come from the own caption
+    negatives: str = "batch"  # bag | batch: the keywords that CVTA contrasts with
+    near: float = 0.95  # cosine above which two keywords are no negatives of each other
+    kin: float = 0.1  # target mass of ITC on patches of the own bag
+    balance: bool = True  # give each magnification the same weight, not each node
     # optimiser
-    words: int = 100               # steps of the text tower alone before all others, where the paper has QuiltNet (not with weights in --text)
-    steps: int = 640               # optimiser steps
-    lr: float = 3e-3               # peak learning rate (AdamW)
-    lr_vision: float = 2.0         # factor on it for the vision tower
-    lr_text: float = 0.1           # factor on it for the text tower
-    warmup: int = 40               # steps of linear warm-up, then cosine to lr / 100
-    weight_decay: float = 0.02     # not on biases, norms, temperatures, positions
-    clip: float = 1.0              # gradient norm
+    steps: int = 640  # optimiser steps
+    lr: float = 3e-3  # peak learning rate (AdamW)
+    lr_vision: float = 2.0  # factor on it for the vision tower
+    lr_text: float = 0.1  # factor on it for the text tower
+    warmup: int = 40  # steps of linear warm-up, then a cosine to lr / 100
+    weight_decay: float = 0.02  # not on biases, norms, temperatures, positions
+    clip: float = 1.0  # gradient norm
     # networks
-    size: str = "synthetic"        # a key of model.SIZES
-    vocab: int = 1500              # ids of the tokenizer trained on the captions (without --tokenizer)
-    tokenizer: str = ""            # CLIP's merge list, needed with weights in --text
-    vision: str = ""               # weights of the vision tower: a timm or UNI file; with --size quiltnet or plip a CLIP's; or "random"
-    text: str = ""                 # weights of the text tower: an open_clip, OpenAI or Hugging Face CLIP file; or "random"
-    freeze_vision: bool = False    # keep the vision tower fixed, its weights in bfloat16 on a GPU
+    size: str = "synthetic"  # a key of model.SIZES
+    tokenizer: str = ""  # CLIP's merge list, needed with --text
+    vision: str = ""  # weights of the vision tower (UNI's, or a CLIP's), or "random"
+    text: str = ""  # weights of the text tower (a CLIP's)
+    freeze_vision: bool = False  # keep the vision tower fixed, its matrices in bf16 on a GPU
     # running
-    device: str = "auto"           # cuda when there is one, else cpu
-    compile: bool = False          # torch.compile the step: worth it on a GPU, slower to start than it gains on a CPU
-    log_every: int = 20            # steps
-    save_every: int = 100          # steps
-    eval_every: int = 320          # steps: validation loss and zero-shot (or retrieval) on data/test; 0 never
-    evaluate: bool = True          # measure everything on data/test when training ends
-    change: bool = False           # go on with a checkpoint although these settings are not those it was trained with
-    wandb: str = ""                # project of Weights & Biases to send the log to (pip install wandb)
+    device: str = "auto"  # cuda if there is one, else cpu
+    compile: bool = False  # torch.compile the objective: worth it on a GPU
+    log_every: int = 20  # steps
+    save_every: int = 100  # steps
+    eval_every: int = 320  # steps; the run is also measured at its end; 0: never
+    change: bool = False  # continue a checkpoint although settings differ
+    wandb: str = ""  # project of Weights & Biases that gets the log
 
-
-LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
 
 PRESETS = {
     "synthetic": {},
-    "paper": dict(  # 400,000 bags x 50 epochs / 64
-        out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True, bags=64, children=4, pairs=4.0, k_o=8, keywords=128, mlm=1.0,
-        cvta_negatives="bag", alpha=0.4, queue=65_536, half_life=8_900, jitter=0.05, workers=8, ram=0, words=0, steps=312_500, lr=1e-4, lr_vision=0.1,
-        lr_text=0.1, warmup=2000, log_every=50, save_every=1000, eval_every=10_000),
+    # 400,000 bags x 50 epochs / 64. Where the paper's text is explicit, this does as it says.
+    "paper": dict(
+        out="runs/paper", data="data/paper", size="paper", freeze_vision=True, compile=True,
+        bags=64, children=4, pairs=4.0, keywords=128, jitter=0.05, workers=8,
+        mlm=1.0, k_o=8, own_captions=0.0, negatives="bag", near=1.0, kin=0.0, balance=False,
+        steps=312_500, lr=1e-4, lr_vision=0.1, lr_text=0.1, warmup=2000,
+        log_every=50, save_every=1000, eval_every=10_000,
+    ),
+}  # fmt: skip
+
+LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
+
+# Settings that say how and where a run computes, not what: they may change when it continues.
+FREE = """preset out data init vision text tokenizer device compile workers log_every save_every
+eval_every change wandb""".split()
+
+# Data that make themselves. The second is for --vision random, at the size that UNI reads.
+WORLDS = {
+    "data/synthetic": (),
+    "data/synthetic-224": "--train 16 --test 16 --patch-px 224 --words 0".split(),
 }
 
-# Folders that are made when they are not there. The second is for --vision random: the same slides, enlarged to what UNI reads.
-WORLDS = {"data/synthetic": {}, "data/synthetic-224": dict(train=16, test=16, patch_px=224)}
 
-SOURCES = {
-    "vision": "UNI's weights are pytorch_model.bin of huggingface.co/MahmoodLab/UNI, where access is asked for",
-    "text": "QuiltNet's are open_clip_pytorch_model.bin of huggingface.co/wisdomik/QuiltNet-B-32",
-    "tokenizer": "CLIP's merge list is clip/bpe_simple_vocab_16e6.txt.gz of github.com/openai/CLIP",
-}
+def boolean(word):
+    """Parse true or false."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
 
 
 def parse(argv):
-    """Command line -> Config: defaults, then the preset, then the flags. Types come from the fields."""
-    def boolean(word):
-        if word.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
-        return word.lower() in ("true", "1", "yes")
-
-    reasons = {line.split(":")[0].strip(): line.split("#", 1)[1].strip() for line in inspect.getsource(Config).split("\n") if ":" in line and "#" in line}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    fields = dataclasses.fields(Config)
-    for f in fields:
-        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, default=argparse.SUPPRESS, metavar=str(f.default) or "PATH",
-                            help=reasons[f.name].replace("%", "%%"))
-    flags, unknown = parser.parse_known_args(argv)
+    """Turn a command line into a Config: defaults, then the preset, then the flags."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    # Take the help of a flag from the comment behind its field.
+    source = {line.split(":")[0].strip(): line for line in inspect.getsource(Config).split("\n")}
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for name, f in fields.items():
+        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+        kind, reason = boolean if f.type is bool else f.type, source[name].partition("#")[2]
+        help_ = f"{reason} ({f.default})"
+        parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=help_)
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], [f.name for f in fields], 1)
-        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them all"))
-    preset = getattr(flags, "preset", "synthetic")
+        word = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        near = difflib.get_close_matches(word, fields, 1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
+        raise ValueError(f"unknown flag {unknown[0]}; {hint}")
+    preset = getattr(given, "preset", "synthetic")
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    more = {"data": "data/synthetic-224"} if preset == "paper" and getattr(flags, "vision", "") == "random" else {}
+    values = PRESETS[preset] | {"preset": preset}
+    if preset == "paper" and getattr(given, "vision", "") == "random":
+        values["data"] = "data/synthetic-224"
     if not torch.cuda.is_available():
-        more["compile"] = False
-    return check(Config(**{**PRESETS[preset], **more, **vars(flags), "preset": preset}))
-
-
-def is_file(setting):
-    """Does a setting of weights name a file, or is it nothing or "random"?"""
-    return setting not in ("", "random")
+        values["compile"] = False
+    return check(Config(**{**values, **vars(given)}))
 
 
 def check(cfg):
-    """Refuse settings that cannot work, in one sentence each; returns cfg."""
+    """Refuse settings that cannot work; return cfg."""
+    counts = (cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every)
+    if min(counts) < 1:
+        raise ValueError("--steps, --bags, --accumulate, --k_o, --keywords, --log_every are >= 1")
     if not any(getattr(cfg, name) for name in LOSSES):
         raise ValueError(f"all of {', '.join(LOSSES)} have weight 0: nothing would be learned")
     if cfg.size not in networks.SIZES:
         raise ValueError(f"--size {cfg.size} is not one of {', '.join(networks.SIZES)}")
     if cfg.children not in (1, 2, 4):
-        raise ValueError(f"--children is 1, 2 or 4 of the four children of a node, not {cfg.children}")
-    for name, choices in (("cvta_negatives", ("bag", "batch")), ("cvta_select", ("cosine", "ema", "own")), ("mrtva_pairs", losses.PAIRS)):
-        if getattr(cfg, name) not in choices:
-            raise ValueError(f"--{name} is one of {', '.join(choices)}, not {getattr(cfg, name)!r}")
-    if not 0 <= cfg.alpha < 1 or cfg.queue < 0 or cfg.half_life <= 0:
-        raise ValueError(f"--alpha is a share below 1, --queue a number of patches, --half_life a positive number of bags, not {cfg.alpha}, {cfg.queue}, {cfg.half_life}")
-    if cfg.preset == "paper" and not (cfg.vision and (cfg.text or cfg.vision == "random")):
-        flag = "text" if cfg.vision else "vision"
-        raise ValueError(f"the paper preset needs --{flag} FILE: {SOURCES[flag]}; --{flag} random tries the code at full size without it")
-    if is_file(cfg.text) and not cfg.tokenizer:
-        raise ValueError(f"--text {cfg.text} needs --tokenizer FILE, for the weights know only CLIP's own ids: {SOURCES['tokenizer']}")
-    if cfg.freeze_vision and not cfg.vision and networks.SIZES[cfg.size]["vision"].get("stem") != "conv":
-        raise ValueError("--freeze_vision would keep random weights: it needs --vision FILE (or random, to try the code)")
-    if cfg.cache and (not cfg.freeze_vision or cfg.scale_jitter):
-        raise ValueError("--cache keeps the features of a tower that does not learn, of the bags as they are: it needs --freeze_vision true and --scale_jitter 0")
-    if not 0 <= cfg.scale_jitter < 1:
-        raise ValueError(f"--scale_jitter is a share of the side of a bag, at least 0 and less than 1, not {cfg.scale_jitter}")
-    if min(cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every, cfg.save_every, cfg.eval_every + 1) < 1:
-        raise ValueError("--steps, --bags, --accumulate, --k_o, --keywords, --log_every and --save_every must be at least 1, --eval_every at least 0")
+        raise ValueError(f"--children is 1, 2 or 4 of a node's four, not {cfg.children}")
+    if cfg.negatives not in ("bag", "batch"):
+        raise ValueError(f"--negatives is bag or batch, not {cfg.negatives!r}")
+    if not 0 <= cfg.zoom < 1:
+        raise ValueError(f"--zoom is a share of the bag's side below 1, not {cfg.zoom}")
+    if cfg.preset == "paper" and cfg.vision != "random" and not (cfg.vision and cfg.text):
+        files = "--vision FILE (MahmoodLab/UNI) and --text FILE (wisdomik/QuiltNet-B-32)"
+        raise ValueError(f"the paper preset needs {files}; --vision random tries it without")
+    if cfg.text and not cfg.tokenizer:
+        raise ValueError("--text needs --tokenizer FILE, CLIP's bpe_simple_vocab_16e6.txt.gz")
+    if cfg.cache and (cfg.zoom or not cfg.freeze_vision):
+        raise ValueError("--cache needs --freeze_vision true and no --zoom: features are fixed")
     return cfg
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model and optimiser
+# --------------------------------------------------------------------------------------------------
+# Batches: batch i is a function of (seed, i). So a killed run needs no saved loader, two processes
+# see what one would, and all random numbers of a step are in its batch.
+
+
+class Batches(Dataset):
+    """Build micro-batch i: the rows of this process, B of its G bags.
+
+    pixels         [B, 3, 8S, 8S] uint8   the bags, with stain [B, 2, 3], flips [B], window [B, 3],
+                                          of which data.augment makes the patches
+    patches        [B, N, 3, S, S]        in place of pixels if there is no GPU
+    tokens         [B, N, V, Dv] float16  in place of pixels: cached features
+    bag            [B]                    number of the bag: its patches are kin
+    nodes          [B, N]                 node numbers 0 .. 84
+    valid          [B, N] bool            the node holds tissue, and the slide its magnification
+    weight         [B, N]                 1 / (nodes of that magnification), or 1; 0 if not valid
+    ids            [B, N, T]              caption of each node
+    caption_rows   [M]                    nodes that ITM, MLM and PLM read: bag x N + n
+    rand_mask      [M, 3, context + 1]    uniform draws for MLM, rand_prefix [M] for PLM,
+                                          rand_negative [M, 2] for ITM
+    keywords       [U, T]                 every distinct keyword; keyword_real [U]: no padding
+    bag_keywords   [B, K]                 which of them a bag has; w_valid [B, K]: no padding
+    own            [B, N, K] bool         the node's own caption names the keyword
+    free           [B, N] bool            the node may select any keyword, not only its own
+    """
+
+    def __init__(self, bags, captions, tokenizer, corpus, cfg, context, rank=0, world=1):
+        self.bags, self.captions, self.tokenizer, self.corpus = bags, captions, tokenizer, corpus
+        self.cfg, self.context, self.rank, self.world = cfg, context, rank, world
+        self.B = cfg.bags // (cfg.accumulate * world)
+        self.M = max(1, round(cfg.pairs * self.B))
+        self.sizes = torch.tensor([cfg.children**k for k in range(4)])  # nodes a magnification
+        self.features, self.textual_bags, self.pixels = None, {}, {}
+        # Keep decoded bags in memory if all fit: a CPU decodes longer than it does all else.
+        self.keep = len(bags) * 3 * (8 * bags.S) ** 2 < 2e9
+
+    def __len__(self):
+        return self.cfg.steps * self.cfg.accumulate
+
+    def __getitem__(self, i):
+        cfg, B, G = self.cfg, self.B, self.B * self.world
+        mine = slice(self.rank * B, self.rank * B + B)
+        # Draw for all G bags: what a bag gets must not depend on the process that has it.
+        g = torch.Generator().manual_seed(hash((cfg.seed, i)) % 2**63)
+        listed = [self.bag_at(i * G + j) for j in range(G)]
+        index = listed[mine]
+        nodes = data.sample_nodes(G, cfg.children, g)[mine]  # [B, N]
+        valid = self.bags.valid[index].gather(1, nodes)  # [B, N]
+        batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid}
+        batch |= self.draw_pairs(valid, g)
+        batch["free"] = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
+        batch["weight"] = valid.float()
+        if cfg.balance:
+            batch["weight"] = valid / self.sizes.repeat_interleave(self.sizes)
+
+        # Captions of the nodes, keywords of the bags.
+        spoken = []
+        for j, row in zip(index, nodes.tolist(), strict=True):
+            said = self.captions[self.bags.keys[j]]
+            spoken.append([said[n] or "" for n in row])
+        ids = self.tokenizer.batch([c for row in spoken for c in row], self.context)
+        if self.world == 1:  # several processes exchange rows, so theirs keep one length
+            ids = text.trim(ids, self.tokenizer.end)
+        batch["ids"] = ids.view(*nodes.shape, -1)
+        batch |= self.find_keywords(index, listed if cfg.negatives == "batch" else index, spoken)
+
+        # Pixels, with the draws of their augmentation; or the features of a frozen tower.
+        if self.features:
+            read = [self.features(j, row) for j, row in zip(index, nodes, strict=True)]
+            return batch | {"tokens": torch.stack(read)}
+        if cfg.flips:
+            batch["flips"] = torch.randint(0, 8, (G,), generator=g)[mine]
+        if cfg.jitter:
+            batch["stain"] = torch.rand(G, 2, 3, generator=g)[mine]
+        if cfg.zoom:
+            side = 1 - cfg.zoom * torch.rand(G, 1, generator=g)
+            corner = (1 - side) * torch.rand(G, 2, generator=g)
+            batch["window"] = torch.cat([side, corner], 1)[mine]  # side, top, left
+        batch["pixels"] = torch.stack([self.read_pixels(j) for j in index])
+        # Augment here if there is no GPU: the loop computes meanwhile.
+        if cfg.device == "cpu":
+            batch["patches"] = data.augment(batch, cfg.jitter)
+            del batch["pixels"]
+        return batch
+
+    def bag_at(self, position):
+        """Return the bag at a position in the endless row of epochs, each a new permutation."""
+        epoch, offset = divmod(position, len(self.bags))
+        if getattr(self, "epoch", None) != epoch:
+            rng = np.random.default_rng([self.cfg.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(len(self.bags))
+        return int(self.order[offset])
+
+    def read_pixels(self, i):
+        """Read bag i, uint8 [3, 8S, 8S]."""
+        if i in self.pixels:
+            return self.pixels[i]
+        image = self.bags[i]["image"]
+        if self.keep:
+            self.pixels[i] = image
+        return image
+
+    def free_share(self, i):
+        """Return the share of nodes that may select any keyword: 0, then a ramp to 1."""
+        done = i // self.cfg.accumulate / self.cfg.steps
+        bound = self.cfg.own_captions
+        return min(1.0, max(0.0, (done - bound) / 0.1)) if bound else 1.0
+
+    def draw_pairs(self, valid, g):
+        """Draw the M nodes that the caption losses read, and the random numbers of these rows.
+
+        Magnifications take turns. A node is drawn among the valid ones of its magnification; if
+        there is none, an invalid one stands in, which the masks drop.
+        """
+        (B, N), M = valid.shape, self.M
+        shift = int(torch.randint(0, 4, (), generator=g))
+        score = torch.rand(B * self.world, N, generator=g)[self.rank * B : self.rank * B + B]
+        score = (score + valid).split(self.sizes.tolist(), 1)  # 4 x [B, nodes]
+        first, pairs = (self.sizes.cumsum(0) - self.sizes).tolist(), []
+        for k in range(M):
+            bag, magnification = k * B // M, (k + self.rank * M + shift) % 4
+            best = int(score[magnification][bag].argmax())
+            pairs.append(bag * N + first[magnification] + best)
+        out = {"caption_rows": torch.tensor(pairs)}
+        mine, G = slice(self.rank * M, self.rank * M + M), M * self.world
+        mask = torch.rand(G, 3, self.context, generator=g)[mine]
+        # Keep one column more than any caption: a slice that is the whole tensor would make the
+        # compiler fix the length of captions.
+        out["rand_mask"] = F.pad(mask, (0, 1))
+        out["rand_prefix"] = torch.rand(G, generator=g)[mine]
+        out["rand_negative"] = torch.rand(G, 2, generator=g)[mine]
+        return out
+
+    def textual_bag(self, i):
+        """Return the keywords of bag i, at most K."""
+        if i not in self.textual_bags:
+            if len(self.textual_bags) == 4096:
+                self.textual_bags.clear()
+            captions = self.captions[self.bags.keys[i]]
+            self.textual_bags[i] = text.keyword_bag(captions, self.cfg.keywords, self.corpus)
+        return self.textual_bags[i]
+
+    def find_keywords(self, index, listed, spoken):
+        """Build the keyword tensors of bags `index`; U counts the keywords of bags `listed`."""
+        B, N, K = len(index), len(spoken[0]), self.cfg.keywords
+        distinct = sorted({k for i in listed for k in self.textual_bag(i)}) or [""]
+        number = {k: u for u, k in enumerate(distinct)}
+        bag_keywords = torch.zeros(B, K, dtype=torch.long)
+        w_valid = torch.zeros(B, K, dtype=torch.bool)
+        own = torch.zeros(B, N, K, dtype=torch.bool)
+        for j, i in enumerate(index):
+            bag = self.textual_bag(i)
+            bag_keywords[j, : len(bag)] = torch.tensor([number[k] for k in bag]).long()
+            w_valid[j, : len(bag)] = True
+            own[j, :, : len(bag)] = torch.from_numpy(text.keyword_owners(spoken[j], bag))
+        # Pad U to a multiple of 64, so that the compiler sees few shapes.
+        padded = distinct + [""] * (-len(distinct) % 64)
+        ids = text.trim(self.tokenizer.batch(padded, self.context), self.tokenizer.end)
+        out = {"keywords": ids, "keyword_real": torch.arange(len(padded)) < len(distinct)}
+        return out | {"bag_keywords": bag_keywords, "w_valid": w_valid, "own": own}
+
+
+def check_captions(bags, captions):
+    """Yield every caption of bags; ValueError if a valid node has none."""
+    for i, key in enumerate(tqdm(bags.keys, desc="keywords", unit="bag", leave=False)):
+        said = captions[key]
+        for n in range(data.NODES):
+            if bags.valid[i, n] and not said[n]:
+                remedy = "give every patch one with `python -m prepare.captions`"
+                raise ValueError(f"{bags.folder}: node {n} of {key} has no caption: {remedy}")
+        yield from said
+
+
+def count_keywords(bags, captions, barrier):
+    """Count the keywords of all captions on rank 0; keep the counts beside the shards."""
+    path = bags.folder / "keywords.json"
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]
+    corpus = json.loads(path.read_text()) if path.exists() else {}
+    if networks.rank() == 0 and corpus.get("stamp") != stamp:
+        corpus = text.count_corpus(check_captions(bags, captions)) | {"stamp": stamp}
+        data.write_whole(path, json.dumps(corpus, ensure_ascii=False))
+    barrier()
+    return json.loads(path.read_text())
+
+
+def open_features(bags, name):
+    """Open the features of this name (prepare.features) -> function (bag, nodes [N]) to tokens."""
+    first = np.searchsorted(bags.shard_of, np.arange(len(bags.shards)))
+
+    def read(i, nodes):
+        shard = bags.shards[bags.shard_of[i]]
+        path = shard.with_suffix(f".{name}.npy")
+        if not path.exists() or path.stat().st_mtime < shard.stat().st_mtime:
+            raise ValueError(f"{path} is missing or older than its shard: run prepare.features")
+        row = i - first[bags.shard_of[i]]
+        return torch.from_numpy(np.load(path, mmap_mode="r")[row, nodes.numpy()])  # [N, V, Dv]
+
+    return read
+
+
+# --------------------------------------------------------------------------------------------------
+# Model, optimiser, checkpoint
+
+
+def choose_tokenizer(cfg, bags, captions, init):
+    """Return the tokenizer of words.pt, that of CLIP, or one learnt from the captions."""
+    if init:
+        return text.Tokenizer(init["tokenizer"])
+    if cfg.tokenizer:
+        return text.Tokenizer.from_clip(cfg.tokenizer)
+    some = (c for key in bags.keys[:5000] for c in captions[key] if c)
+    return text.Tokenizer.train(some, 1500)
+
+
+def read_words(cfg):
+    """Read what prepare.words learned -> {"tokenizer", "model"}; None if there is no such file."""
+    path = Path(cfg.init or Path(cfg.data) / "words.pt")
+    if cfg.text or cfg.init == "none" or not (cfg.init or path.exists()):
+        return None
+    try:
+        words = torch.load(path, map_location="cpu", weights_only=True)
+        return {"tokenizer": words["tokenizer"], "model": words["model"]}
+    except Exception as e:  # a wrong file raises almost anything
+        raise ValueError(f"{path} is no file of prepare.words ({type(e).__name__})") from e
+
+
+def build_model(cfg, tokenizer, init=None):
+    """Build the MRPLIP of cfg.size, with public weights or those of prepare.words in it."""
+    torch.manual_seed(cfg.seed)
+    size = networks.SIZES[cfg.size]
+    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
+    if cfg.vision not in ("", "random"):
+        side, clip = size["vision"]["size"], size["vision"].get("clip")
+        vit = networks.load_clip(cfg.vision, size=side)[0] if clip else None
+        networks.adopt_vision(model, vit or networks.load_vit(cfg.vision, side))
+    if cfg.text:
+        networks.adopt_text(model, networks.load_clip(cfg.text)[1])
+    if init:
+        try:
+            model.load_state_dict(init["model"], strict=False)
+        except RuntimeError as e:
+            raise ValueError(f"words.pt is not of --size {cfg.size}: take --init none") from e
+    return model
+
+
+def freeze(vision, device):
+    """Stop a tower from learning; on a GPU store its matrices in bf16, to cast them only once."""
+    vision.requires_grad_(False).eval()
+    for module in vision.modules():
+        if device == "cuda" and isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+
+
+def make_optimizer(objective, cfg):
+    """Build AdamW: towers have their own rate; vectors, temperatures, positions no decay."""
+    groups = {}
+    for name, p in objective.named_parameters():
+        factor, decay = 1.0, cfg.weight_decay
+        if name.startswith("model.vision."):
+            factor = cfg.lr_vision
+        if name.startswith("model.text."):
+            factor = cfg.lr_text
+        if p.ndim < 2 or name.endswith(("pos_embed", "cls_token", "positional_embedding", "kind")):
+            decay = 0.0
+        if p.requires_grad:
+            group = dict(params=[], factor=factor, weight_decay=decay)
+            groups.setdefault((factor, decay), group)["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+
 
 def learning_rate(step, cfg):
-    """Linear warm-up, then a cosine from lr to lr / 100 at the last step."""
+    """Warm up linearly, then follow a cosine from lr to lr / 100 at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def decays(name, p):
-    """Does weight decay pull at this parameter? At matrices, but not at norms, biases, temperatures, positions."""
-    return p.ndim >= 2 and not name.endswith((".pos", ".cls", "kind"))
+def save_checkpoint(folder, objective, optimizer, step, cfg):
+    """Write ckpt.pt whole or not at all, and keep the one before as ckpt_prev.pt."""
+    new, old, fresh = (folder / f"ckpt{x}.pt" for x in ("", "_prev", "_new"))
+    state = {"model": objective.model.state_dict(), "heads": objective.heads.state_dict()}
+    state |= {"optimizer": optimizer.state_dict(), "step": step, "config": vars(cfg)}
+    data.write_whole(fresh, lambda file: torch.save(state, file))
+    if new.exists():
+        os.replace(new, old)
+    os.replace(fresh, new)
 
 
-def make_optimizer(model, cfg, device):
-    """AdamW over groups: towers have their own rate, and vectors, norms, temperatures and positions no decay."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            factor = cfg.lr_vision if name.startswith("vision.") else cfg.lr_text if name.startswith("text.") else 1.0
-            groups.setdefault((factor, cfg.weight_decay * decays(name, p)), []).append(p)
-    return torch.optim.AdamW([{"params": ps, "factor": f, "weight_decay": d} for (f, d), ps in groups.items()],
-                             lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+def resume(state, path, objective, optimizer, cfg):
+    """Load a checkpoint -> its step; refuse other settings than its own, unless cfg.change."""
+    was, now = state["config"], vars(cfg)
+    other = [k for k in now if k not in FREE and was.get(k) != now[k]]
+    if other and not cfg.change:
+        said = ", ".join(f"{k} {was.get(k)} -> {now[k]}" for k in other)
+        remedy = "use them again, or another --out, or --change true to go on with the new ones"
+        raise ValueError(f"{path} was trained with other settings ({said}): {remedy}")
+    wanted = [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups]
+    try:
+        objective.model.load_state_dict(state["model"])
+        objective.heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path} does not fit these settings ({reason}): use another --out") from e
+    for group, (factor, decay) in zip(optimizer.param_groups, wanted, strict=True):
+        group["factor"], group["weight_decay"] = factor, decay
+    return state["step"]
 
 
-def build_model(cfg, tokenizer, pretrained=True):
-    """MRPLIP of the configured size, with public weights in its towers where paths are given (not where a checkpoint will fill them)."""
-    torch.manual_seed(cfg.seed)
-    size = networks.SIZES[cfg.size]
-    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
-    if pretrained and is_file(cfg.vision):
-        side, clip = size["vision"]["size"], size["vision"].get("pre_norm", False)
-        weights.adopt_vision(model, weights.load_clip(cfg.vision, size=side)[0] if clip else weights.load_vit(cfg.vision, side))
-    if pretrained and is_file(cfg.text):
-        weights.adopt_text(model, weights.load_clip(cfg.text)[1])
-    return model
-
-
-def freeze(vision, device):
-    """Stop a tower from learning; on a GPU the weights of its products go to bf16, for casting them at every call would cost half as much again.
-
-    Positions, class token, norms and LayerScale stay in fp32: with them the sum that runs through the blocks does, too."""
-    vision.requires_grad_(False).eval()
-    if device == "cuda":
-        for layer in vision.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                for p in layer.parameters():
-                    p.data = p.data.to(torch.bfloat16)
-
-
-def learn_words(model, bags, tokenizer, cfg, context):
-    """Before any image: captions against captions (two of one slide and magnification attract, all others repel: those of
-    other slides and those of other magnifications of the same slide), and of a third of them the next word, through fusion without an image.
-
-    The paper starts from a text tower that has read a million captions. From nothing, text and images learn together badly:
-    kinds the images cannot tell apart yet become one in the text too, and then no gradient is left to part them; and the
-    captions stammer (dev/LOG.md). Every process does the same: no gradients are exchanged."""
-    of_slide = {}
-    for i, slide in enumerate(bags.slides):
-        of_slide.setdefault(slide, []).append(i)
-    rng, slides, levels = np.random.default_rng(cfg.seed), list(of_slide.values()), np.split(np.arange(85), [1, 5, 21])
-    if len(slides) < 2:
-        return
-    valid, said = np.asarray(bags.valid), functools.lru_cache(4096)(lambda i: bags.captions(i, range(85)))
-    schedule = dataclasses.replace(cfg, steps=cfg.words, warmup=cfg.words // 10)
-    speech = [model.fuse_text, model.fusion, model.fusion_ln, model.lm_dense, model.lm_ln, model.lm_head] if cfg.plm else []
-    groups = {True: [], False: []}
-    for name, p in nn.ModuleList([model.text, *speech]).named_parameters():
-        groups[decays(name, p)].append(p)
-    parameters = groups[True] + groups[False]
-    optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": cfg.weight_decay * decay} for decay, ps in groups.items()],
-                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
-    for step in tqdm(range(cfg.words), desc="words", unit="step", disable=None if networks.rank() == 0 else True, dynamic_ncols=True):
-        pair = ([], [])                                                                # M = slides * 4 captions each
-        for slide in rng.permutation(len(slides))[:32]:
-            for nodes in levels:
-                for side, i in zip(pair, rng.choice(slides[slide], 2)):
-                    there = nodes[valid[i, nodes]]
-                    side.append(said(i)[rng.choice(there)] if len(there) else "")
-        ids = text.trim(tokenizer.batch(pair[0] + pair[1], context), tokenizer.end).to(model.proj.weight.device)
-        tokens, pooled = model.text(ids)                                               # [2M, T, Dt], [2M, d]
-        a, b = F.normalize(pooled.float(), dim=-1).chunk(2)                            # [M, d] each
-        logits, own = a @ b.T / 0.07, torch.arange(len(a), device=a.device)            # [M, M]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        if cfg.plm:
-            some, word = tokens[::3], ids[::3]  # 3 and not 4, or all were of one magnification
-            real, prefix = networks.text_valid(word, model.text.end), torch.ones_like(word[:, 0])
-            fused = model.fuse_with_text(some.new_zeros(len(some), 0, model.kind.shape[1]), some, real, prefix)
-            loss = loss + losses.plm(model.lm_logits(fused), word, prefix, real, real[:, 0])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        optimizer.step()
-    model.zero_grad()  # of all, for the next words reach more than they train
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Small parts of the loop
 
-def mark_lengths(batch):
-    """Tell the compiler which sizes of a batch vary: captions and keywords are as long as their longest, keywords as many as there are.
-    All others are fixed, so that one graph serves every step."""
-    for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1)):
-        torch._dynamo.mark_dynamic(batch[name], axis)
 
-
-@torch.no_grad()
-def validate(objective, batches, device, autocast, most=4):
-    """Mean of each loss over the first batches of held-out bags, the same ones every time, on all processes -> {name: float}.
-
-    The objective is in eval mode: nothing is enqueued, and batch norms of the tower use their averages. CVTA and
-    MRTVA take keywords of the own captions, and no target is softened. Held-out bags get numbers of their own, or those
-    of the training bags in the queue would pass for kin. So the numbers can be compared over the whole run; ITC's
-    only once the queue is full, for each slot is a negative more."""
-    total, n = 0, min(most, max(1, len(batches.bags) // (batches.local * batches.world)))
-    for i in range(n):
-        batch = {k: x.to(device) for k, x in batches[i].items()}
-        batch["alpha"], batch["free"] = torch.zeros_like(batch["alpha"]), torch.zeros_like(batch["free"])
-        batch["bag"] = batch["bag"] + 2 ** 40
-        with autocast:
-            parts, _ = objective(batch)
-        total = total + torch.stack([*parts.values()])
-    mean = dict(zip(parts, losses.all_mean(total / n).tolist()))
-    return {"val_loss": sum(getattr(objective.cfg, k) * x for k, x in mean.items()), **{f"val_{k}": x for k, x in mean.items()}}
+def nothing(*_):
+    """Do nothing, in place of a call that only some processes make."""
 
 
 def settle(_):
-    """For the loader's processes: Ctrl-C and torchrun signal them too, but whether to stop is for the loop to say. And on a CPU they work while
-    the loop leaves a core free, not instead of it: each of its operations waits for its slowest thread."""
+    """Prepare a loader process: the loop decides when to stop, and comes first on a CPU."""
     os.nice(10)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 
 
 def keep_memory():
-    """Let glibc keep what large tensors leave. It would give each back to the system and pay for fresh pages at the next: a tenth of a step."""
+    """Let glibc keep what large tensors leave: a CPU pays a tenth of a step for fresh pages."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2 ** 30), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def to_device(batch, cfg, device):
+    """Move a batch to the device and augment its pixels there."""
+    batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+    if "pixels" in batch:
+        batch["patches"] = data.augment(batch, cfg.jitter)  # [B, N, 3, S, S]
+    if cfg.compile:
+        # Let one graph serve all lengths of captions and all numbers of keywords.
+        for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1), ("keyword_real", 0)):
+            torch._dynamo.mark_dynamic(batch[name], axis)
+    return batch
+
+
+def matmul_rate(device, seconds=0.3):
+    """Measure the FLOP/s of large matrix products here, which MFU compares a step with."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    wait = torch.cuda.synchronize if device == "cuda" else nothing
+    a, best, start = torch.rand(n, n, device=device, dtype=dtype), 0.0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        wait()
+        before = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        wait()
+        best = max(best, 8 * n**3 / (time.perf_counter() - before))
+    return best
+
+
+def count_flops(objective, batch, autocast):
+    """Count the FLOPs of a step, forward and backward, without changing the networks."""
+    objective.eval()
+    with FlopCounterMode(display=False) as counter:
+        with autocast:
+            parts, _ = objective(batch)
+        sum(parts.values()).backward()
+    objective.zero_grad(set_to_none=True)
+    objective.train()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def validate(objective, batches, device, autocast):
+    """Average each loss over the first four held-out batches -> {name: float}.
+
+    Keywords come from the own captions, so that the numbers compare over the whole run.
+    """
+    objective.eval()
+    total, n = 0, min(4, max(1, len(batches.bags) // batches.cfg.bags))
+    for i in range(n):
+        batch = to_device(batches[i], batches.cfg, device)
+        batch["free"] = torch.zeros_like(batch["free"])
+        with autocast:
+            parts, _ = objective(batch)
+        total = total + torch.stack([*parts.values()]) / n
+    objective.train()
+    return dict(zip(parts, losses.all_mean(total).tolist(), strict=True))
+
+
+def find_faults(mean):
+    """List a sentence for each known failure that the means of the monitors show."""
+    said = []
+    if mean.get("std", 1) < 0.3:
+        said.append("the projections of MRTVA collapse (std below .3): lower --lr or --mrtva")
+    if mean.get("own", 1) < 1.2 * mean.get("chance", 0):
+        said.append("selected keywords agree with captions only by chance: raise --own_captions")
+    if not 1.01 * losses.TAU[0] < mean["tau"] < 0.99 * losses.TAU[1]:
+        said.append("ITC's temperature stands at its limit: lower --lr")
+    return said
+
+
+def open_log(run, cfg):
+    """Open log.jsonl -> a function that writes a row, also to Weights & Biases if asked for."""
+    file, tracker = open(run / "log.jsonl", "a+", buffering=1), None
+    file.seek(max(0, file.tell() - 1))
+    file.write("\n" if file.read(1) not in ("", "\n") else "")  # end a line that a kill cut off
+    if cfg.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb needs its package: pip install wandb") from None
+        tracker = wandb.init(project=cfg.wandb, name=run.name, config=vars(cfg))
+
+    def write(row):
+        file.write(json.dumps(row) + "\n")
+        if tracker:
+            tracker.log(row, step=row["step"])
+
+    return write
+
+
+def make_world(folder):
+    """Let prepare.world make the built-in data, in a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-m", "prepare.world", folder, *WORLDS[folder]]
+    if subprocess.run(command, env=env | {"PYTHONPATH": os.path.dirname(__file__)}).returncode:
+        raise ValueError(f"{folder} was not made, see above: the same command continues")
+
+
+# --------------------------------------------------------------------------------------------------
+
 
 def main(argv):
     """Settings -> processes -> data -> model -> loop -> checkpoint -> evaluation."""
     cfg = parse(argv)
 
-    # Processes: torchrun (or SLURM's script in the README) sets RANK; without it this is the only one and the same code runs.
+    # Processes: torchrun sets RANK. Without it this is the only one, and the same code runs.
     distributed = "RANK" in os.environ
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     device, run, folder = cfg.device, Path(cfg.out), Path(cfg.data)
+    parts = f"{world} processes x {cfg.accumulate} micro-batches"
+    if cfg.bags % (cfg.accumulate * world):
+        raise ValueError(f"--bags {cfg.bags} cannot be split over {parts}: use a multiple")
+    if world > 1 and cfg.pairs * cfg.bags / (cfg.accumulate * world) % 1:
+        raise ValueError(f"--pairs {cfg.pairs} x --bags {cfg.bags} cannot be split over {parts}")
     if device == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 remains
     else:
         keep_memory()
-    if cfg.bags % (cfg.accumulate * world):
-        raise ValueError(f"--bags {cfg.bags} cannot be split over {world} processes x {cfg.accumulate} micro-batches: use a multiple of {world * cfg.accumulate}")
-    begun = bool(list(run.glob("ckpt*.pt")))
-    for flag, source in SOURCES.items():
-        path = getattr(cfg, flag)
-        if not begun and is_file(path) and not Path(path).exists():
-            raise ValueError(f"--{flag} {path} does not exist: {source}" + "; --vision random tries the code at full size without it" * (flag == "vision"))
-    if cfg.wandb:
-        try:
-            import wandb  # only here: not needed otherwise
-        except ImportError:
-            raise ValueError("--wandb needs its package: pip install wandb") from None
-    warnings.filterwarnings("ignore", "(?s).*(all_gather_into_tensor|broadcast_buffers).* is deprecated")  # torch 2.11 does not know their new names
-    if distributed:  # the time-out must outlast rank 0 making the data
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
-    say = tqdm.write if rank == 0 else lambda *_: None
-    say("settings: " + textwrap.fill("  ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != ""), 160, subsequent_indent="          ", break_on_hyphens=False))
+    if distributed:
+        # The time-out must outlast rank 0 making the data.
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+    barrier = dist.barrier if distributed else nothing
+    say = tqdm.write if rank == 0 else nothing
+    changed = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
+    say("settings: " + " ".join(f"--{name} {getattr(cfg, name)}" for name in changed))
 
-    # Data, made by the first process while the others wait.
-    if rank == 0:
-        if cfg.data in WORLDS:
-            make_world(folder, **WORLDS[cfg.data])
-        run.mkdir(parents=True, exist_ok=True)
-    if distributed:
-        dist.barrier()
-    bags = data.BagDataset(folder / "train")
-    test = data.BagDataset(folder / "test") if cfg.eval_every or cfg.evaluate else None  # now, not after three days
-    if rank == 0 and not (begun and (run / "tokenizer.json").exists()):  # one left by a run that saved nothing may be of other settings
-        if cfg.tokenizer:
-            tokenizer = text.Tokenizer.from_clip(cfg.tokenizer)
-        else:  # 5,000 bags of captions are plenty to learn merges from
-            tokenizer = text.Tokenizer.train((c for i in range(min(5000, len(bags))) for c in bags.captions(i) if c), cfg.vocab)
-        tokenizer.save(run / "tokenizer.json")
-    if distributed:
-        if rank == 0:
-            text.count_corpus(bags.folder)  # kept beside the shards, where every process's batches find it
-        dist.barrier()
+    # Data. Rank 0 makes the built-in world while the others wait.
+    if rank == 0 and cfg.data in WORLDS and not (folder / "classes.json").exists():
+        make_world(cfg.data)
+    barrier()
+    bags, captions = data.Bags(folder / "train"), text.Captions(folder / "train")
+    corpus = count_keywords(bags, captions, barrier)
+    if cfg.eval_every:  # look now, not after three days
+        test, test_captions = data.Bags(folder / "test"), text.Captions(folder / "test")
+
+    # Model: from a checkpoint, else with what prepare.words or public files have learnt.
+    state, path = evaluate.read_checkpoint(run, device)
+    init = None if state else read_words(cfg)
+    if rank == 0 and not state:
+        tokenizer = choose_tokenizer(cfg, bags, captions, init)
+        data.write_whole(run / "tokenizer.json", tokenizer.to_json())
+    barrier()
     tokenizer = text.Tokenizer.load(run / "tokenizer.json")
-    context = networks.SIZES[cfg.size]["text"]["context"]
-
-    # Model, optimiser, checkpoint.
-    state, path = runs.read_checkpoint(run, device)
-    if state and (changed := runs.check_settings(state, path, cfg)):
-        say(changed)
-    if rank == 0 and path and path.name != "ckpt.pt" and (run / "ckpt.pt").exists():
-        os.replace(run / "ckpt.pt", run / "ckpt_damaged.pt")  # or the next save would put it in the place of the good one
-    model = build_model(cfg, tokenizer, pretrained=not state).to(device)
+    # A checkpoint holds the public weights: their files are not needed again.
+    source = dataclasses.replace(cfg, vision="", text="") if state and not cfg.cache else cfg
+    model = build_model(source, tokenizer, init)
     if model.vision.size != bags.S:
-        raise ValueError(f"{folder}/train holds patches of {bags.S} px and the vision tower of --size {cfg.size} reads {model.vision.size}: tile with --patch-px {model.vision.size}")
+        remedy = f"tile with --patch-px {model.vision.size}, which --size {cfg.size} reads"
+        raise ValueError(f"{bags.folder} holds patches of {bags.S} px: {remedy}")
+    objective, step = losses.Objective(model, cfg).to(device), 0
+    name = networks.features_name(model) if cfg.cache else ""
     if cfg.freeze_vision:
         freeze(model.vision, device)
-    if not (cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva):  # parts no loss reaches must not wait for gradients
-        for m in (model.fuse_image, model.fuse_text, model.fuse_keyword, model.fusion, model.fusion_ln):
-            m.requires_grad_(False)
-    optimizer, step, skipped = make_optimizer(model, cfg, device), 0, 0
-    if not state and cfg.words and not is_file(cfg.text):
-        learn_words(model, bags, tokenizer, cfg, context)
-    objective = Objective(model, cfg)  # `model` keeps the clean names that checkpoints hold
+    optimizer = make_optimizer(objective, cfg)
     if state:
-        try:
-            objective.load_state_dict({f"model.{k}": x for k, x in state["model"].items()} | state["memory"])
-            ours = [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups]
-            optimizer.load_state_dict(state["optimizer"])
-            for group, (factor, decay) in zip(optimizer.param_groups, ours):  # of the settings, which --change may have changed
-                group["factor"], group["weight_decay"] = factor, decay
-        except (RuntimeError, ValueError) as e:
-            raise ValueError(f"{path} does not fit these settings ({str(e).strip().splitlines()[-1].strip()}): use those it was trained with, or another --out") from None
-        step, skipped = state["step"], state.get("skipped", 0)
+        step = resume(state, path, objective, optimizer, cfg)
+        if rank == 0 and path.name == "ckpt_prev.pt" and (run / "ckpt.pt").exists():
+            os.replace(run / "ckpt.pt", run / "ckpt_damaged.pt")  # or a save would keep this one
+        state = None  # or it would stay on the device
         say(f"continuing {run} at step {step} of {cfg.steps}")
-    elif rank == 0 and cfg.words:
-        runs.save_checkpoint(run, objective, optimizer, 0, cfg)  # the words are learnt
-    state = None  # or it would stay on the device
-    if rank == 0:
-        data.replace_file(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-
-    # The features of a frozen tower, once.
-    features, autocast = {}, torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # at the small size bf16 is slower on a CPU
-    if cfg.cache:
-        name, see = features_name(model, cfg.size), torch.compile(model.see) if cfg.compile else model.see
-        for split in (bags, test) if test else (bags,):
-            with autocast:
-                cache_features(see, split, name, device, rank, world, cfg.workers)
-            features[split.folder] = Features(split, name)
-        if distributed:
-            dist.barrier()
-
-    # One graph a step: networks, losses and, on a GPU, the augmentation.
-    torch._dynamo.config.optimize_ddp = False  # it would split the graph, and older versions cannot where gradients cross processes
-    forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
-    if world > 1:
-        # No broadcast of buffers: every process computes the same queues and batch statistics. Static graph: which parameters get gradients
-        # does not change from step to step (torch 2.13 cannot have it together with no_sync, which accumulation needs).
-        forward = DistributedDataParallel(forward, device_ids=[local] if device == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                          static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1 and not all(getattr(cfg, k) for k in LOSSES))
-    nodes, rate = sum(cfg.children ** k for k in range(4)), runs.matmul_rate(device)
-    say(f"{len(bags)} bags x 85 patches of {bags.S} px; {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters; "
-        f"{world} x {device}, which multiplies matrices at {rate / 1e12:.2f} TFLOP/s; {cfg.bags} bags a step = {cfg.bags * nodes} patches" + ", from cached features" * cfg.cache)
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
-    batches = Batches(bags, tokenizer, cfg, context, rank, world, features.get(bags.folder))
-    held_out = Batches(test, tokenizer, dataclasses.replace(cfg, ram=0), context, rank, world, features.get(test.folder), batches.corpus) if cfg.eval_every else None
-    if cfg.itm and cfg.bags == cfg.accumulate:
-        say("warning: with one bag at a time ITM finds no wrong image or caption, and is 0: raise --bags")
-    if world > 1 and cfg.pairs * batches.local % 1:
-        say(f"warning: --pairs {cfg.pairs} x {batches.local} bags a process is rounded to {batches.rows()} patches, so the number of processes changes what is learned")
+    more = (tokenizer, corpus, cfg, model.text.context, rank, world)
+    batches = Batches(bags, captions, *more)
+    held_out = Batches(test, test_captions, *more) if cfg.eval_every else batches
+    if cfg.cache:
+        batches.features = open_features(bags, name)
+        held_out.features = open_features(held_out.bags, name)
+    left = range(step * cfg.accumulate, len(batches))
+    loader = DataLoader(
+        batches, batch_size=None, sampler=left, num_workers=cfg.workers, worker_init_fn=settle,
+        pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None,
+    )  # fmt: skip
+    loader = iter(loader)
+
+    # Measure the work of a step; then compile it, and wrap it for many processes.
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    objective.train()
+    flops = count_flops(objective, to_device(batches[0], cfg, device), autocast)
+    flops, rate = flops * cfg.accumulate * world, matmul_rate(device) * world
+    forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
+    if world > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would split the graph
+        forward = DistributedDataParallel(
+            forward, broadcast_buffers=False, gradient_as_bucket_view=True,
+            static_graph=cfg.accumulate == 1, find_unused_parameters=True,
+        )  # fmt: skip
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    say(f"{len(bags)} bags of 85 patches of {bags.S} px; {trained / 1e6:.1f}M parameters train")
+    say(f"{world} x {device}, multiplying matrices at {rate / world / 1e12:.2f} TFLOP/s each")
+
+    # A signal only raises a flag. The loop stops after the step, so nothing is half done.
+    stop, signals = [], (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    usual = [signal.signal(name, lambda *_: stop.append(True)) for name in signals]
     if rank == 0:
-        data.replace_file(run / "keywords.json", json.dumps(batches.corpus["common"], ensure_ascii=False))  # what `model.py caption` names pictures by
-    loader = ahead(DataLoader(batches, batch_size=None, sampler=range(step * cfg.accumulate, len(batches)), num_workers=cfg.workers,
-                              worker_init_fn=settle, pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None), device)
-
-    # A signal only raises a flag; the loop stops after the step, so nothing is half done. Several processes vote, one step late, on the CPU,
-    # so that no one waits for a GPU.
-    stop, vote, votes = [], None, torch.zeros(1)
-    usual = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-
-    log = tracker = None
-    if rank == 0:
-        log = runs.open_log(run)
-        log.write(json.dumps({"started": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "world": world, "matmul_tflops": rate / 1e12, **runs.versions(), "config": dataclasses.asdict(cfg)}) + "\n")
-        if cfg.wandb:
-            tracker = wandb.init(project=cfg.wandb, name=run.name, id=f"{number(str(run.resolve())):x}", resume="allow", config=dataclasses.asdict(cfg))
-
-    def record(row):
-        """A line of the log, and its like elsewhere."""
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-        if tracker:
-            tracker.log({k: x for k, x in row.items() if k != "step"}, step=row["step"])
-
-    running = list(model.buffers())                                                    # averages of batch norms
-    bad = torch.tensor([0.0, skipped], device=device)                                  # steps left out: in a row up to now, and in all
-    bar = tqdm(total=cfg.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
-    sums, waited, flops, since, start, warned, halt = 0, 0.0, 0, time.time(), step, set(), False
+        data.write_whole(run / "config.json", json.dumps(vars(cfg), indent=1))
+        data.write_whole(run / "keywords.json", json.dumps(corpus["common"]))
+        log, told = open_log(run, cfg), set()
+        begun = {"started": time.strftime("%F %T"), "step": step, "world": world}
+        log(begun | {"torch": torch.__version__, "config": vars(cfg)})
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank == 0 else True)
+    sums, used, since, start, halt = 0, 0, time.time(), step, False
     while step < cfg.steps and not halt:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg) * group["factor"]
-        values, before = 0, [b.clone() for b in running]
+
+        # forward, backward, update
+        values = 0
         for micro in range(cfg.accumulate):
-            wait = time.time()
-            batch = next(loader)
-            waited += time.time() - wait
-            flops += objective.flops(batch)
-            if cfg.compile:
-                mark_lengths(batch)
-            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2 ** 63)           # for --mrtva_pairs random: all other chance is in the batch
-            with contextlib.nullcontext() if micro == cfg.accumulate - 1 or world == 1 else forward.no_sync():
+            batch = to_device(next(loader), cfg, device)
+            last = micro == cfg.accumulate - 1 or world == 1
+            with contextlib.nullcontext() if last else forward.no_sync():
                 with autocast:
                     parts, monitors = forward(batch)
                 loss = sum(getattr(cfg, name) * part for name, part in parts.items())
                 (loss / cfg.accumulate).backward()
-            values = values + torch.stack([loss, *parts.values(), *monitors.values()]).detach() / cfg.accumulate
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-
-        # A step whose loss or gradient is not finite is left out, by all processes alike and without asking the device.
-        good = norm.isfinite() & losses.all_mean(values[0]).isfinite()
-        optimizer.found_inf = (~good).float()                                          # fused AdamW then does nothing
+            found = torch.stack([loss, *parts.values(), *monitors.values()]).detach()
+            values = values + found / cfg.accumulate
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), cfg.clip)
+        # Fused AdamW skips a step if found_inf is 1: no wait for the device, no bad weights.
+        good = norm.isfinite()
+        optimizer.found_inf = (~good).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, old in zip(running, before):
-                buffer.copy_(torch.where(good, buffer, old))
-            for scale in (model.itc_scale, model.cvta_scale):
-                scale.clamp_(-math.log(losses.TAU[1]), -math.log(losses.TAU[0]))
-            bad = torch.stack([(bad[0] + 1) * ~good, bad[1] + ~good])
-            sums = sums + torch.where(good, torch.cat([values, norm[None]]), 0)
-        objective.follow()
+        for scale in (model.itc_scale, model.cvta_scale):
+            scale.data.clamp_(-math.log(losses.TAU[1]), -math.log(losses.TAU[0]))
+        sums, used = sums + torch.where(good, values, 0), used + good
         step += 1
         bar.update()
 
-        # Who was asked to stop? With several processes this is the answer to the step before.
+        # Stop together: all processes hear of a signal that one of them got.
+        vote = torch.tensor([float(bool(stop))])
         if world > 1:
-            if vote:
-                vote.wait()
-            halt = votes.item() > 0
-            votes = torch.tensor([float(bool(stop))])
-            vote = None if halt else dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
-        else:
-            halt = bool(stop)
+            dist.all_reduce(vote, dist.ReduceOp.MAX)
+        halt = vote.item() > 0
 
-        if step % cfg.log_every == 0 or step == cfg.steps:                             # the only place where the loop waits for the device
-            *mean, in_a_row, total = losses.all_mean(torch.cat([sums, bad])).tolist()
-            count, seconds, used = step - start, time.time() - since, step - start - (total - skipped)
-            mean = {name: x / used if used else math.nan for name, x in zip(("loss", *parts, *monitors, "grad"), mean)}
-            speed, skipped = count * cfg.bags / seconds, int(total)
-            row = {"step": step, **mean, "lr": optimizer.param_groups[0]["lr"], "bags_per_s": speed, "patches_per_s": speed * nodes, "wait": waited / seconds,
-                   "mfu": flops / seconds / rate, "memory_gb": runs.memory(device), "skipped": skipped}
+        # Log. This is the only place where the loop waits for the device.
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            mean = losses.all_mean(sums / used).tolist()
+            mean = dict(zip(("loss", *parts, *monitors), mean, strict=True))
+            speed = (step - start) / (time.time() - since)
+            row = {"step": step, **mean, "grad": norm.item(), "lr": learning_rate(step - 1, cfg)}
+            row |= {"bags_per_s": speed * cfg.bags, "mfu": speed * flops / rate}
+            row |= {"skipped": step - start - int(used)}
+            each = " ".join(f"{name} {mean[name]:.2f}" for name in parts).replace(" 0.", " .")
+            left, rate_ = (cfg.steps - step) / speed, row["bags_per_s"]
+            eta = f"{left / 60:.0f}m" if left < 7200 else f"{left / 3600:.0f}h"
+            rates = f"{rate_:.{1 if rate_ < 10 else 0}f} bags/s MFU {row['mfu']:.0%} ETA {eta}"
+            say(f"{step:5d} loss {mean['loss']:.1f} {each} | {rates}")
             if rank == 0:
-                record(row)
-                bar.set_postfix_str(f"{speed:.1f} bags/s")
-                for name, warning in losses.warnings({**mean, "epoch": step * cfg.bags / len(bags)}).items():
-                    if name not in warned and step > cfg.warmup:  # before that all is random
-                        warned.add(name)
-                        say(f"warning at step {step}: {warning}")
-                say(f"step {step:5d} | loss {row['loss']:7.3f} | " + " ".join(f"{k} {mean[k]:.3f}" for k in parts)
-                    + " | " + " ".join(f"{k} {mean[k]:.2f}" for k in monitors) + f" | grad {mean['grad']:.2f} lr {row['lr']:.1e}" + f" skipped {skipped}" * (skipped > 0)
-                    + f" | {speed:.1f} bags/s {speed * nodes:.0f} patches/s wait {row['wait']:.0%} MFU {row['mfu']:.0%} {row['memory_gb']:.1f} GB"
-                    + f" | ETA {timedelta(seconds=int((cfg.steps - step) * seconds / count))}")
-            sums, waited, flops, since, start = 0, 0.0, 0, time.time(), step
-            if in_a_row >= 10:  # the weights are those before the first of them
-                if rank == 0:
-                    runs.save_checkpoint(run, objective, optimizer, step, cfg, skipped)
-                if distributed:
-                    dist.barrier()
-                raise ValueError(f"{in_a_row:.0f} steps in a row up to step {step} had a loss or gradient that is not finite; they were left out, and {run}/ckpt.pt holds the weights before them. "
-                                 f"The same command goes on behind them, with --change true under a lower --lr ({cfg.lr})")
-        if cfg.eval_every and step % cfg.eval_every == 0 and (step < cfg.steps or not cfg.evaluate):
+                log(row)
+                for fault in find_faults(mean) if step > cfg.warmup else ():
+                    if fault not in told:
+                        told.add(fault)
+                        say(f"warning at step {step}: {fault}")
+            if not math.isfinite(mean["loss"]):
+                remedy = f"continue with --change true and a lower --lr than {cfg.lr}"
+                raise ValueError(f"no step up to {step} had a finite loss since {start}: {remedy}")
+            sums, used, since, start = 0, 0, time.time(), step
+
+        # Validate on held-out bags.
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             pause = time.time()
-            objective.eval()
             found = validate(objective, held_out, device, autocast)
-            some = [subjects.embed(model, b, subjects.spread(len(b), n), device) for b, n in ((test, 60), (bags, 30))]
+            found = {f"val_{name}": x for name, x in found.items()}
             if rank == 0:
-                found.update(zeroshot.glance(model, tokenizer, test, *some))
-                record({"step": step, **found})
-                say(f"step {step:5d} | held out: " + " ".join(f"{k.removeprefix('val_')} {x:.3f}" for k, x in found.items()))
-                runs.draw_curves([run], run / "curves.png")
-            objective.train()
+                found |= evaluate.glance(model.eval(), tokenizer, test, bags, device)
+                objective.train()
+                log({"step": step, **found})
+                some = {k: x for k, x in found.items() if "merged" in k or "retrieval" in k}
+                say("held out: " + " ".join(f"{k} {x:.2f}" for k, x in some.items()))
             since += time.time() - pause
+
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
-            runs.save_checkpoint(run, objective, optimizer, step, cfg, int(bad[1]))
+            save_checkpoint(run, objective, optimizer, step, cfg)
+
     bar.close()
-    if halt:
-        say(f"stopped at step {step} of {cfg.steps}; the same command continues from {run}/ckpt.pt")
-    for number_, handler in usual.items():
-        signal.signal(number_, handler)
+    for name, handler in zip(signals, usual, strict=True):
+        signal.signal(name, handler)
     del loader, forward  # DDP holds on to the process group
-    if rank == 0:
-        runs.draw_curves([run], run / "curves.png")
+    if halt:
+        say(f"stopped at step {step} of {cfg.steps}; the same command continues")
+    elif cfg.eval_every and rank == 0:
+        evaluate.measure(run, folder, device, learn=False)
+        say(f"python evaluate.py {run} also fits a linear probe")
+    barrier()  # a process that leaves early could hang the others
     if distributed:
-        dist.barrier()
-    if step == cfg.steps and cfg.evaluate and not halt:
-        evaluate.report(run, folder / "test", train=folder / "train", device=device)
-    if distributed:
-        dist.barrier()  # a process that leaves while another still tidies up can hang the other for good
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    for number_ in (signal.SIGTERM, signal.SIGUSR1):  # before and after the loop all files are whole and there is nothing to save: just go
-        signal.signal(number_, lambda *_: os._exit(0))
+    # Before and after the loop all files are whole, so a signal may end the process at once.
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda *_: os._exit(0))
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as e:  # one that a loader's process raised carries that process's traceback before its own line
-        which = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"error{which}: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
+    except (ValueError, OSError) as e:
+        # A loader's error carries its traceback before its own line.
+        print(
+            f"error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr, flush=True)
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
         os._exit(0)
     except Exception:
         traceback.print_exc()
     else:
         sys.exit()
-    os._exit(1)  # at once: a tidy end would wait for loaders that ignore signals, and for processes that wait for this one
+    # Leave at once: a tidy end would wait for loaders, and for processes that wait for this one.
+    sys.stderr.flush()
+    os._exit(1)

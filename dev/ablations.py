@@ -1,10 +1,12 @@
-"""Does a loss help? Train the built-in world with all six losses and with each change below, several seeds each, and print one table.
+"""Train the built-in world with each loss left out, several seeds each, and print one table.
 
-    python dev/ablations.py --out runs/ablations --seeds 3 --steps 450 --jobs 2         # hours; the same command continues and prints
+    python -m dev.ablations --out runs/ablations --seeds 3 --steps 450 --jobs 2        # hours
 
-One process a run, `--jobs` at a time, each with one thread. Table: weighted F1 of the zero-shot protocol on held-out slides (patches; the
-diagnosis of whole bags, levels merged), mean recall of retrieval, mean over the seeds and their range.
+The same command continues and prints. Each run is a process with one thread. Zero-shot numbers are
+weighted F1 on held-out slides, per patch; the diagnosis is per bag, magnifications merged.
+Retrieval is the mean recall. A cell has the mean over seeds and their range.
 """
+
 import argparse
 import json
 import os
@@ -14,53 +16,82 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import evaluate
 import train
+from prepare.world import make_world
 
-CHANGES = {"all": [], **{f"no_{loss}": [f"--{loss}", "0"] for loss in reversed(train.LOSSES)},
-           "random": ["--mrtva_pairs", "random"], "momentum": ["--alpha", "0.4", "--queue", "4096"], "bagneg": ["--cvta_negatives", "bag"],
-           "ema": ["--cvta_select", "ema"], "own": ["--cvta_select", "own"]}
+# The name of a row, and the flags of train.py that make it. Add your own.
+CHANGES = {"all-six": []}
+for loss in train.LOSSES:
+    CHANGES[f"without-{loss}"] = [f"--{loss}", "0"]
+
+COLUMNS = {
+    "architecture 5x": ("architecture", "patch", "5x"),
+    "10x": ("architecture", "patch", "10x"),
+    "cytology 20x": ("cytology", "patch", "20x"),
+    "40x": ("cytology", "patch", "40x"),
+    "diagnosis merged": ("diagnosis", "bag", "merged"),
+}
 
 
-def numbers(run):
-    """results.json of a run -> {column: number}."""
-    r = json.loads((run / "results.json").read_text())
-    f1 = lambda task, unit, at: r["zeroshot"][task]["ensemble"][unit][at]["f1"]
-    return {"architecture 5x": f1("architecture", "patch", "5x"), "10x": f1("architecture", "patch", "10x"), "cytology 20x": f1("cytology", "patch", "20x"),
-            "40x": f1("cytology", "patch", "40x"), "diagnosis merged": f1("diagnosis", "bag", "merged"), "retrieval": statistics.mean(m["mean"] for m in r["retrieval"].values())}
+def numbers(folder):
+    """Read a number for each column from results.json of a run, [] if it was not measured."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    # Retrieval is written last.
+    if "retrieval" not in results:
+        return []
+    found = []
+    for fact, unit, mag in COLUMNS.values():
+        found.append(results["zeroshot"][fact]["ensemble"][unit][mag]["f1"])
+    return [*found, statistics.mean(part["mean"] for part in results["retrieval"].values())]
+
+
+def run(folder, flags):
+    """Train one run with these flags of train.py, unless it has its results already."""
+    if numbers(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", "--out", str(folder), *flags]
+    with open(folder / "output.txt", "w") as out:
+        done = subprocess.run(command, env=settings, stdout=out, stderr=out)
+    if done.returncode:
+        print(f"{folder} failed: see its output.txt", file=sys.stderr)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/ablations")
-    parser.add_argument("--data", default=train.Config.data, help="the built-in world (made when it is not there)")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--out", type=Path, default="runs/ablations")
+    parser.add_argument("--data", default="data/synthetic", help="built-in world, made if missing")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", default="450")
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--only", default=",".join(CHANGES), help="of these changes (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES), help="rows")
     args = parser.parse_args()
-    train.make_world(args.data)
-
-    def run(name, seed):
-        folder = Path(args.out) / f"{name}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "results.json").exists():
-            with open(folder / "output.txt", "w") as out:
-                command = [sys.executable, "train.py", "--data", args.data, "--out", folder, "--steps", args.steps, "--seed", str(seed), *CHANGES[name]]
-                if subprocess.run(map(str, command), cwd=ROOT, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
-                    print(f"{folder} failed: see its output.txt", file=sys.stderr)
-
-    names = args.only.split(",")
+    if not (Path(args.data) / "classes.json").exists():
+        make_world(args.data)
+    # Run all rows of a seed before the next seed, so that an early table compares like with like.
+    jobs = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(*job), [(name, seed) for seed in range(args.seeds) for name in names]))
-    for i, name in enumerate(names):
-        runs = [numbers(f) for seed in range(args.seeds) if (f := Path(args.out) / f"{name}-{seed}") and (f / "results.json").exists()]
-        if i == 0 and runs:
-            print("| | seeds | " + " | ".join(runs[0]) + " |\n|---" + "|---" * (len(runs[0]) + 1) + "|")
-        if runs:
-            cells = [[r[column] for r in runs] for column in runs[0]]
-            print(f"| {name} | {len(runs)} | " + " | ".join(f"{statistics.mean(c):.3f} ({min(c):.2f}-{max(c):.2f})" for c in cells) + " |")
+        for seed in range(args.seeds):
+            for name in args.only:
+                flags = ["--data", args.data, "--steps", str(args.steps), "--seed", str(seed)]
+                jobs.append(pool.submit(run, args.out / f"{name}-{seed}", flags + CHANGES[name]))
+        for job in jobs:
+            job.result()
+    rows = []
+    for name in args.only:
+        found = [numbers(args.out / f"{name}-{seed}") for seed in range(args.seeds)]
+        found = [row for row in found if row]
+        cells = []
+        for values in zip(*found, strict=True):
+            mean = statistics.mean(values)
+            cells.append(f"{mean:.2f} ({min(values):.2f}-{max(values):.2f})")
+        if found:
+            rows.append([name, str(len(found)), *cells])
+    evaluate.print_table("ablations", ["", "seeds", *COLUMNS, "retrieval"], rows)
 
 
 if __name__ == "__main__":
@@ -68,3 +99,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: finished runs are kept, and the same command continues")

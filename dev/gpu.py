@@ -1,8 +1,8 @@
 """Measure the paper preset on one GPU, row by row.
 
-    python dev/gpu.py prepare        # on any machine: write batches and the CPU's losses to gpu.pt
-    python dev/gpu.py                # on the GPU: read them and run all stages in this order
-    python dev/gpu.py step profile   # or only these
+    python -m dev.gpu prepare        # on any machine: write batches and the CPU's losses to gpu.pt
+    python -m dev.gpu                # on the GPU: read them and run all stages in this order
+    python -m dev.gpu step profile   # or only these
 
     step        a step, compiled and eager: speed, share of the rate of large matrix products (MFU),
                 memory; 20 steps of several lengths; losses beside the CPU's
@@ -29,35 +29,50 @@ import time
 import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
-import gpu_parts as parts
-from gpu_parts import ARGS, DEVICE, FILE, GPU, ROOT, ROUNDS, Prepared, Step
-from gpu_parts import autocast, compiled, mfu, read, row, seconds
-
-import data
-import model as networks
-import train
-from batches import ahead
+from dev import gpu_parts as parts
+from dev.gpu_parts import (
+    ARGS,
+    DEVICE,
+    FILE,
+    GPU,
+    ROOT,
+    ROUNDS,
+    Prepared,
+    Step,
+    autocast,
+    compiled,
+    count_flops,
+    data,
+    mfu,
+    networks,
+    read,
+    row,
+    seconds,
+    train,
+)
 
 PRODUCTS = ("gemm", "cutlass", "xmma", "wgmma", "nvjet", "mm", "flash", "attention", "conv")
 
 
 @functools.cache
 def usual():
+    """Return the compiled step that several stages use."""
     return Step("whole")
 
 
 def step():
+    """Measure a step, its graphs and its losses."""
     attempt("step, compiled", lambda: usual().measure("step, compiled", read("whole")[0]))
     attempt("step, eager", lambda: Step("whole", False).measure("step, eager", read("whole")[0]))
+    # Count the graphs that batches of other lengths make: one should serve all.
     graphs = torch._dynamo.utils.counters["stats"]
     before, batches = graphs["unique_graphs"], read("whole")
     for i in range(ROUNDS):
         usual()(batches[i % len(batches)])
-    row(
-        "several lengths", f"{ROUNDS} steps, {graphs['unique_graphs'] - before} new graphs (goal 0)"
-    )
+    new = graphs["unique_graphs"] - before
+    row("several lengths", f"{ROUNDS} steps, {new} new graphs (goal 0)")
+    # Train for three steps from the same weights, here and where `prepare` ran.
     for compile in (True, False):
         again = Step("curve", compile)
         told = [f"{again(batch).item():.3f}" for batch in read("curve")]
@@ -66,6 +81,7 @@ def step():
 
 
 def vision(trained=False):
+    """Measure the vision tower alone."""
     vit = Step("whole", False).model.vision
     images = torch.rand(256 if GPU else 2, 3, vit.size, vit.size, device=DEVICE)
     if trained:
@@ -80,41 +96,34 @@ def vision(trained=False):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    with FlopCounterMode(display=False) as count:
-        once(vit)
+    flops = count_flops(lambda: once(vit))
     run, name = compiled(vit), "ViT-L, trained" if trained else "ViT-L, forward"
-    row(name, f"{len(images)} images", mfu(count.get_total_flops(), seconds(lambda: once(run))))
+    row(name, f"{len(images)} images", mfu(flops, seconds(lambda: once(run))))
 
 
 def cached():
+    """Measure how features are computed, and the step on them."""
     one, batch = Step("whole"), read("whole")[0]
-    see = compiled(one.model.see)
+    see = compiled(one.model.vision_tokens)
     with torch.no_grad(), autocast():
-        patches = data.pyramid(batch["pixels"], nodes=batch["nodes"])
+        patches = data.pyramid(batch["pixels"], batch["nodes"])
         time_ = seconds(lambda: [see(x) for x in patches])
         tokens = torch.stack([see(x) for x in patches]).half()
     row("features, once", f"{len(patches) / time_:.2f} bags/s")
-    batch = {k: x for k, x in batch.items() if k not in ("pixels", "turns", "flips", "stain")}
+    batch = {k: x for k, x in batch.items() if k not in ("pixels", "flips", "stain")}
     one.measure("step, cached features", batch | {"tokens": tokens})
 
 
 def loader():
+    """Measure the wait for loader processes."""
     kept, workers = Prepared(FILE["whole"], 20 if GPU else 2), 8 if GPU else 1
-    coming = ahead(DataLoader(kept, batch_size=None, num_workers=workers, pin_memory=GPU), DEVICE)
-    usual()(next(coming))
-    start, waited = time.perf_counter(), 0.0
-    while True:
-        asked = time.perf_counter()
-        batch = next(coming, None)
-        waited += time.perf_counter() - asked
-        if batch is None:
-            break
-        usual()(batch).item()
-    share = waited / (time.perf_counter() - start)
+    more = dict(num_workers=workers, pin_memory=GPU, prefetch_factor=4)
+    share = parts.share_of_waiting(DataLoader(kept, batch_size=None, **more), usual())
     row("waiting for data", f"{share:.1%} of the time with {workers} loader processes")
 
 
 def profile():
+    """List what takes above 3 % of a step and is no matrix product."""
     usual()(read("whole")[0])
     activity = ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as found:
@@ -123,6 +132,7 @@ def profile():
     times = {event.key: getattr(event, key) for event in found.key_averages()}
     total, products = sum(times.values()), 0.0
     for name in sorted(times, key=times.get, reverse=True):
+        # Name what is no matrix product and takes more than 3 %.
         if any(word in name.lower() for word in PRODUCTS):
             products += times[name]
         elif times[name] > 0.03 * total:
@@ -131,6 +141,7 @@ def profile():
 
 
 def all_tokens():
+    """Measure the step without pooling of the patch tokens."""
     usual_size = networks.SIZES["paper"]
     networks.SIZES["paper"] = dict(usual_size, fusion=dict(usual_size["fusion"], pool=0))
     attempt("all tokens", lambda: Step("half").measure("all tokens", read("half")[0]))
@@ -138,6 +149,7 @@ def all_tokens():
 
 
 def tests():
+    """Run the tests of the chapters that compute."""
     files = [f"tests/test_{x}.py" for x in ("losses", "objective", "model", "cuda")]
     command = [sys.executable, "-m", "pytest", "-q", *files[: 1 if ARGS.tiny else 4]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -145,7 +157,8 @@ def tests():
 
 
 def default():
-    few = "--steps 2 --words 0 --bags 2 --evaluate false".split() if ARGS.tiny else []
+    """Time the default run."""
+    few = "--steps 2 --init none --bags 2 --eval_every 0".split() if ARGS.tiny else []
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
         train.main(["--data", ARGS.data, "--out", out, "--workers", "4", *few])
@@ -188,13 +201,7 @@ def main():
     unknown = set(ARGS.stages) - {"prepare", *STAGES}
     if unknown:
         sys.exit(f"error: unknown stage {unknown.pop()}; there are prepare, {', '.join(STAGES)}")
-    if ARGS.tiny:
-        parts.shrink()
-    # As the loop has it: TF32 where fp32 remains, and one graph for gradients of many processes.
-    torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.optimize_ddp = False
-    card = torch.cuda.get_device_name() if GPU else "cpu"
-    row("machine", card, f"torch {torch.__version__}", f"{torch.get_num_threads()} threads")
+    parts.begin()
     if ARGS.stages == ["prepare"]:
         parts.prepare()
         return

@@ -1,51 +1,75 @@
-"""Which of two versions is faster, on a machine whose speed changes by the minute? Both run at once, but in turns: one is stopped while the other has
-all cores for a while, so that slow minutes meet both alike. What counts is the time each was let run.
+"""Time two versions on a machine whose speed changes by the minute.
 
     git worktree add /tmp/old REVISION
-    python dev/race.py /tmp/old . -- train.py --out runs/race          # folders of the two versions, then the script and its flags
+    python -m dev.race /tmp/old . -- train.py --out runs/race
 
-Each runs in its own folder and group of processes; its output goes to race.txt there. Time-outs and the speeds in a version's own log include the time that it
-was stopped: only the seconds printed here mean something.
+Arguments: the folders of the old and the new version, two dashes, the script and its flags. Both
+run at once but in turns: one is stopped while the other has all cores for 15 seconds. So slow
+minutes meet both alike. Only the seconds printed here count. Speeds in a version's own log include
+the time in which it was stopped. The output of each version goes to race.txt in its folder.
 """
+
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-TURN = 15  # seconds
+# Seconds that a version runs before the other one has its turn.
+TURN = 15
+
+
+def start(folder, command):
+    """Start Python with `command` in `folder`, in its own process group, and pause it at once."""
+    with open(Path(folder) / "race.txt", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=folder, stdout=out, stderr=out, start_new_session=True
+        )
+    os.killpg(process.pid, signal.SIGSTOP)
+    return process
 
 
 def race(folders, command, turn=TURN):
-    """Run `command` with this Python in each of two folders, by turns -> the seconds each was let run, and its exit codes."""
-    running, codes, used = {}, {}, dict.fromkeys(folders, 0.0)
-    for folder in folders:
-        with open(os.path.join(folder, "race.txt"), "w") as out:
-            running[folder] = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=out, stderr=out, start_new_session=True)
-        os.killpg(running[folder].pid, signal.SIGSTOP)
+    """Run `command` in each folder by turns -> seconds each was let run, exit code of each."""
+    running = {folder: start(folder, command) for folder in folders}
+    used = dict.fromkeys(folders, 0.0)
+    codes = {}
     try:
         while running:
             for folder, process in list(running.items()):
+                # Let one version run for a turn, or until it ends.
                 os.killpg(process.pid, signal.SIGCONT)
-                start = time.monotonic()
+                begin = time.monotonic()
                 try:
                     codes[folder] = process.wait(turn)
+                    del running[folder]
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGSTOP)
-                used[folder] += time.monotonic() - start
-                if folder in codes:
-                    del running[folder]
+                used[folder] += time.monotonic() - begin
     finally:
-        for process in running.values():  # interrupted
+        # Leave nothing behind when the race is interrupted.
+        for process in running.values():
             os.killpg(process.pid, signal.SIGKILL)
     return used, codes
 
 
-if __name__ == "__main__":
-    if "--" not in sys.argv or sys.argv.index("--") != 3:
-        sys.exit("error: race.py OLD NEW -- SCRIPT [FLAGS]: two folders, two dashes, and what to run in each")
-    old, new = (os.path.abspath(x) for x in sys.argv[1:3])
+def main():
+    if len(sys.argv) < 5 or sys.argv[3] != "--":
+        raise ValueError("usage: python -m dev.race OLD NEW -- SCRIPT [FLAGS]")
+    old, new = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
     used, codes = race([old, new], sys.argv[4:])
     for folder in (old, new):
-        print(f"{folder}: {used[folder]:.0f} s" + f", but it ended with code {codes[folder]}, see {folder}/race.txt" * (codes[folder] != 0))
-    print(f"{used[old] / used[new]:.2f} times as fast")
+        print(f"{folder}: {used[folder]:.0f} s")
+        if codes[folder]:
+            print(f"  ended with code {codes[folder]}: see {folder}/race.txt")
+    print(f"the new one is {used[old] / used[new]:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

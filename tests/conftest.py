@@ -1,7 +1,10 @@
-"""What several test files share."""
+"""What several test files share: a small world, and scripts run in forks."""
+
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of small matrices two threads make slow work
+# Small matrices are faster on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import runpy
 import signal
 import sys
@@ -14,36 +17,53 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import batches
+from prepare.world import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Six training and two test slides through the real path."""
+    """Six training and two test slides through the real path. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("world")
-    batches.make_world(folder, train=6, test=2)
+    make_world(folder, train=6, test=2, words=2)
     return folder
 
 
-def _forked(name, argv, streams, before):
-    """The life of the child: run the script, say its errors, exit as Python would."""
+@pytest.fixture(autouse=True)
+def handlers():
+    """Give each test the usual signal handlers: train.main leaves its own if it raises."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    usual = [signal.getsignal(name) for name in names]
+    yield
+    for name, handler in zip(names, usual, strict=True):
+        signal.signal(name, handler)
+
+
+def run_forked(name, argv, streams, before):
+    """Run a script in this child process, print its errors, exit as Python would."""
     code = 1
     try:
-        for number, f in enumerate(streams, 1):
-            os.dup2(f.fileno(), number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream.fileno(), number)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         os.chdir(ROOT)
         before()
-        torch.set_num_threads(1)                                                       # a fork has none of its parent's other threads
+        # A fork has none of its parent's other threads.
+        torch.set_num_threads(1)
         sys.argv = [name, *argv]
-        runpy.run_path(str(ROOT / name), run_name="__main__")
+        if name.endswith(".py"):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        else:
+            # A module that a test has imported would be run with a warning.
+            sys.modules.pop(name, None)
+            runpy.run_module(name, run_name="__main__")
         code = 0
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1 if e.code else 0
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -53,29 +73,37 @@ def _forked(name, argv, streams, before):
 
 
 class Script:
-    """`python NAME ARGV` in the repository's root, in a fork of this process, because importing torch anew takes longer than all else that most
-    commands do. before: called in the child first."""
+    """`python NAME ARGV` or `python -m NAME ARGV` in the repository's root, in a fork.
+
+    name: a path (train.py) or a module (prepare.world). A fork saves the import of torch, which
+    takes longer than most commands. before: called in the child first.
+    """
 
     def __init__(self, name, *argv, before=lambda: None):
-        self.streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.streams = (tempfile.TemporaryFile(), tempfile.TemporaryFile())
         self.pid = os.fork()
         if not self.pid:
-            _forked(name, list(map(str, argv)), self.streams, before)
+            run_forked(name, [str(word) for word in argv], self.streams, before)
 
     def wait(self, timeout=60):
-        """-> returncode, stdout, stderr."""
+        """Wait for the end -> namespace of returncode, stdout and stderr."""
         until = time.time() + timeout
-        while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        while not pid:
             if time.time() > until:
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.005)
-        for f in self.streams:
-            f.seek(0)
-        return SimpleNamespace(returncode=os.waitstatus_to_exitcode(done[1]), stdout=self.streams[0].read().decode(), stderr=self.streams[1].read().decode())
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        texts = []
+        for stream in self.streams:
+            stream.seek(0)
+            texts.append(stream.read().decode())
+        code = os.waitstatus_to_exitcode(status)
+        return SimpleNamespace(returncode=code, stdout=texts[0], stderr=texts[1])
 
 
 def script(name, *argv, timeout=60, check=False, **more):
-    """`Script`, waited for."""
+    """Run a Script and wait for it; with check a failure is an AssertionError."""
     done = Script(name, *argv, **more).wait(timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

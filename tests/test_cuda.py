@@ -1,11 +1,11 @@
-"""pytest tests/test_cuda.py — the paper preset's step on a GPU that is not there.
+"""Take the paper preset's step on a GPU that is not there: pytest tests/test_cuda.py
 
 A process of its own registers a device "gpu" that has no kernels, and runs the step on fake tensors
 of it. They have shapes, types and a device, but no numbers. So what makes the host wait for a GPU
 raises: `.item()`, `nonzero`, a boolean index, a copy to the CPU. A tensor of the CPU among those of
-the GPU raises, too. Nothing here says what a GPU computes, or how fast."""
+the GPU raises, too. Nothing here says what a GPU computes, or how fast.
+"""
 
-import dataclasses
 import gc
 import json
 import os
@@ -15,19 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.utils.backend_registration
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for the process of its own
 
 import data
 import losses
 import model as networks
 import text
 import train
-from batches import Batches
-from objective import Objective
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # What somebody might add to a loss: each must be found. None adds nothing, and must pass.
 PLANTS = {
@@ -43,28 +41,9 @@ PLANTS = {
 }
 
 # Autocast's rules for a GPU, as far as the step meets them: products in bf16, the others in fp32.
-IN_BF16 = (
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "linear",
-    "conv2d",
-    "scaled_dot_product_attention",
-)
-IN_FP32 = (
-    "softmax.int",
-    "log_softmax.int",
-    "layer_norm",
-    "cross_entropy_loss",
-    "cumsum",
-    "rsqrt",
-    "exp",
-    "log",
-    "norm.ScalarOpt_dim",
-    "linalg_vector_norm",
-)
+IN_BF16 = "matmul mm bmm addmm baddbmm linear conv2d scaled_dot_product_attention".split()
+IN_FP32 = """softmax.int log_softmax.int layer_norm cross_entropy_loss cumsum rsqrt exp log
+norm.ScalarOpt_dim linalg_vector_norm""".split()
 
 
 def register_gpu():
@@ -86,10 +65,9 @@ def register_gpu():
         op = getattr(op, name.split(".")[1] if "." in name else op.overloads()[0])
 
         def cast(x):
-            wide = (
-                isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-            )
-            return x.to(dtype) if wide and x.device.type == "gpu" else x
+            on_gpu = isinstance(x, torch.Tensor) and x.device.type == "gpu"
+            wide = on_gpu and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if wide else x
 
         def run(*args, **more):
             with torch._C._ExcludeDispatchKeyGuard(key):
@@ -122,12 +100,9 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         made = {x.device.type for x in leaves(out) if isinstance(x, torch.Tensor)}
         copies = "copy" in func.__name__
         # Numbers may come from the CPU, and copies may go to the GPU.
-        if "gpu" in {x.device.type for x in tensors} and (
-            "cpu" in made or "cpu" in used and not copies
-        ):
-            raise RuntimeError(
-                f"{func}: a tensor of the CPU among those of the GPU, or a copy back"
-            )
+        mixed = "cpu" in made or ("cpu" in used and not copies)
+        if mixed and "gpu" in {x.device.type for x in tensors}:
+            raise RuntimeError(f"{func}: the CPU among tensors of the GPU, or a copy back")
         return out
 
 
@@ -141,62 +116,66 @@ def scaled_down():
 
 
 def build(folder, *flags):
-    """-> (settings of the paper preset, a tokenizer, a batch as the loader gives it for a GPU)."""
+    """Return settings of the paper preset, a tokenizer and a batch as the loader gives it."""
     networks.SIZES["paper"] = scaled_down()
-    cfg = train.parse(
-        ["--preset", "paper", "--vision", "random", "--bags", "4", "--ram", "0", *flags]
-    )
-    bags = data.BagDataset(Path(folder) / "train")
-    captions = (caption for i in range(len(bags)) for caption in bags.captions(i) if caption)
-    tokenizer = text.Tokenizer.train(captions, 600)
-    cfg = dataclasses.replace(cfg, device="cuda")  # bags are left whole, for the device to cut
-    return cfg, tokenizer, Batches(bags, tokenizer, cfg, 77)[3]
+    argv = ["--preset", "paper", "--vision", "random", "--bags", "4", *flags]
+    cfg = train.parse(argv)
+    bags, captions = data.Bags(Path(folder) / "train"), text.Captions(Path(folder) / "train")
+    told = [caption for key in bags.keys for caption in captions[key] if caption]
+    tokenizer, corpus = text.Tokenizer.train(told, 600), text.count_corpus(told)
+    return cfg, tokenizer, train.Batches(bags, captions, tokenizer, corpus, cfg, 77)[3]
 
 
 def on_gpu(cfg, tokenizer, batch):
-    """-> (mode of fake tensors, settings, model, optimizer, objective, batch) on "gpu"."""
+    """Put the networks and the batch on "gpu" -> (mode of fake tensors, settings, ...)."""
     with Fake(allow_non_fake_inputs=True) as fake:
-        with torch.device("gpu"):  # for the weights alone: a step must name its device
-            model = train.build_model(cfg, tokenizer)
-        train.freeze(model.vision, "cuda")
+        # For the weights alone: a step must name its device.
+        with torch.device("gpu"):
+            objective = losses.Objective(train.build_model(cfg, tokenizer), cfg)
+        # Cast as train.freeze does on a GPU: Module.to cannot exchange fake weights.
+        train.freeze(objective.model.vision, "cpu")
+        for module in objective.model.vision.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                for p in module.parameters():
+                    p.data = p.data.to(torch.bfloat16)
         batch = {k: torch.empty(x.shape, dtype=x.dtype, device="gpu") for k, x in batch.items()}
-        return (
-            fake,
-            cfg,
-            model,
-            train.make_optimizer(model, cfg, "cuda"),
-            Objective(model, cfg),
-            batch,
-        )
+        return fake, cfg, objective, train.make_optimizer(objective, cfg), batch
 
 
-def step(fake, cfg, model, optimizer, objective, batch):
-    """One step as the loop does it -> the types of what must be fp32."""
+def step(fake, cfg, objective, optimizer, batch):
+    """Take one step as the loop does, the augmentation first -> the types of what must be fp32."""
     dtypes = []
-    model.vision.register_forward_pre_hook(lambda _, x: dtypes.append(x[0].dtype))
-    model.vision.blocks[0].register_forward_hook(lambda *x: dtypes.append(x[2].dtype))
+    vision = objective.model.vision
+    vision.register_forward_pre_hook(lambda _, x: dtypes.append(x[0].dtype))
+    vision.blocks[0].register_forward_hook(lambda *x: dtypes.append(x[2].dtype))
     with fake, Watch():
+        batch = train.to_device(batch, cfg, "gpu")
         with torch.autocast("gpu", torch.bfloat16):
             parts, monitors = objective(batch)
-        sum(parts.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.found_inf = (~norm.isfinite()).float()
+        loss = sum(getattr(cfg, name) * part for name, part in parts.items())
+        loss.backward()
+        found = torch.stack([loss, *parts.values(), *monitors.values()]).detach()
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), cfg.clip)
+        good = norm.isfinite()
+        optimizer.found_inf = (~good).float()
         optimizer.step()
-        objective.follow()
-    learning = [p for p in model.parameters() if p.requires_grad]
+        for scale in (objective.model.itc_scale, objective.model.cvta_scale):
+            scale.data.clamp_(-1, 1)
+        torch.where(good, found, 0)
+    learning = [p for p in objective.parameters() if p.requires_grad]
     assert set(parts) == set(train.LOSSES) and all(p.grad is not None for p in learning)
-    assert model.vision.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
-    return {
-        str(d) for d in dtypes + [x.dtype for x in (*parts.values(), *(p.grad for p in learning))]
-    }
+    assert vision.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    dtypes += [x.dtype for x in (*parts.values(), *(p.grad for p in learning))]
+    return {str(dtype) for dtype in dtypes}
 
 
 def main(folder):
-    """Print all cases, a line of JSON each: its name, what was raised or "", types of what is fp32.
+    """Print a line of JSON for each case: its name, what was raised or "", types of what is fp32.
 
-    Each runs in a fork, and nothing is collected: torch crashes when such tensors are."""
+    Each runs in a fork, and nothing is collected: torch crashes when such tensors are.
+    """
     gc.disable()
-    kept, itc = register_gpu(), losses.itc
+    kept, itc, flip = register_gpu(), losses.itc, data.flip
 
     def case(name, made):
         pid = os.fork()
@@ -212,42 +191,39 @@ def main(folder):
 
     usual = on_gpu(*build(folder))
     for name, plant in PLANTS.items():
-        losses.itc = itc if plant is None else lambda v, *x: (plant(v), itc(v, *x))[1]
+        if plant is not None:
+            losses.itc = lambda v, *x, plant=plant: (plant(v), itc(v, *x))[1]
         case(name, usual)
     losses.itc = itc
-    case("one bag", on_gpu(*build(folder, "--bags", "1", "--scale_jitter", "0.3")))
-    case("ema", on_gpu(*build(folder, "--cvta_select", "ema", "--cvta_negatives", "batch")))
+    data.flip = lambda patches, flips: flip(patches, flips)[flips > 3]
+    case("in augment", usual)
+    data.flip = flip
+    case("one bag", on_gpu(*build(folder, "--bags", "1", "--zoom", "0.3")))
+    case("batch", on_gpu(*build(folder, "--negatives", "batch", "--near", "0.95")))
     del kept
 
 
 @pytest.fixture(scope="module")
 def cases(world):
-    """{case: (error, types)}, from a process of its own: other tests shall not see the device."""
+    """Return {case: [error, types]}, of a process of its own: no other test may see the device."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot register a device in Python")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(world)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(world)]
+    more = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, **more)
     assert done.returncode == 0, done.stderr
-    return {
-        name: (error, types) for name, error, types in map(json.loads, done.stdout.splitlines())
-    }
+    return {name: found for name, *found in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", ["nothing", "one bag", "ema"])
+@pytest.mark.parametrize("name", ["nothing", "one bag", "batch"])
 def test_the_step_of_the_paper_preset_never_waits_for_the_gpu(cases, name):
     error, types = cases[name]
     assert not error
     assert types == ["torch.float32"]  # pixels, sums through the blocks, losses, gradients
 
 
-@pytest.mark.parametrize("name", [name for name in PLANTS if name != "nothing"])
+@pytest.mark.parametrize("name", [*[name for name in PLANTS if name != "nothing"], "in augment"])
 def test_what_would_wait_or_mix_devices_is_found(cases, name):
     assert cases[name][0], f"{name}: nobody noticed"
 

@@ -1,53 +1,100 @@
-"""pytest tests/test_metrics.py — golden numbers are scikit-learn's (1.9.1) on the same inputs; the rest is counted by hand."""
+"""pytest tests/test_metrics.py: the AUROC, Dice, folds by group, the linear probe.
+
+Golden numbers are scikit-learn's (1.9.1) on the same inputs; the rest is counted by hand.
+"""
+
 import numpy as np
 import pytest
 
-import metrics
+import evaluate
+from protocols import metrics
 
-Y, P = [0, 0, 0, 1, 1, 2, 2, 2, 2, 1], [0, 0, 1, 1, 2, 2, 2, 0, 2, 1]
-Q = [[.6, .3, .1], [.5, .25, .25], [.3, .5, .2], [.2, .6, .2], [.1, .4, .5], [.1, .1, .8], [.2, .2, .6], [.5, .2, .3], [.25, .25, .5], [.1, .7, .2]]
-GOLDEN = {  # truth, prediction, number of classes, probabilities -> what scikit-learn says
-    "ordinary": (Y, P, 3, Q, dict(f1=0.7, macro_f1=0.6944444444444443, balanced=0.6944444444444443, accuracy=0.7, kappa=0.5454545454545454, kappa_quadratic=0.5652173913043479, auroc=0.9398148148148149)),
-    "ties": ([0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0], 2, [[.8, .2], [.5, .5], [.5, .5], [.1, .9], [.5, .5], [.8, .2]],
-             dict(f1=0.6666666666666666, macro_f1=0.6666666666666666, balanced=0.6666666666666666, accuracy=0.6666666666666666, kappa=0.33333333333333337, kappa_quadratic=0.33333333333333337, auroc=0.888888888888889)),
-    "a class of nobody": ([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], 4, None, dict(f1=0.6777777777777779, macro_f1=0.6555555555555556, balanced=0.7222222222222222, accuracy=0.6666666666666666, kappa=0.5, kappa_quadratic=0.75)),
-    "one class": ([1, 1, 1], [1, 1, 0], 3, None, dict(f1=0.8, macro_f1=0.4, balanced=0.6666666666666666, accuracy=0.6666666666666666, kappa=0.0, kappa_quadratic=0.0)),
-}
+# ---- Scores -------------------------------------------------------------------------------------
+
+Y = [0, 0, 0, 1, 1, 2, 2, 2, 2, 1]
+Q = [[0.6, 0.3, 0.1], [0.5, 0.25, 0.25], [0.3, 0.5, 0.2], [0.2, 0.6, 0.2], [0.1, 0.4, 0.5]]
+Q += [[0.1, 0.1, 0.8], [0.2, 0.2, 0.6], [0.5, 0.2, 0.3], [0.25, 0.25, 0.5], [0.1, 0.7, 0.2]]
+TIES = [[0.8, 0.2], [0.5, 0.5], [0.5, 0.5], [0.1, 0.9], [0.5, 0.5], [0.8, 0.2]]
 
 
-@pytest.mark.parametrize("case", GOLDEN)
-def test_equal_to_scikit_learn(case):
-    y, p, C, q, golden = GOLDEN[case]
-    found = metrics.scores(y, p, C, probability=q)
-    assert {k: found[k] for k in golden} == pytest.approx(golden, abs=1e-12) and found["n"] == len(y)
+def test_golden_auroc():
+    assert metrics.auroc(np.array(Y), np.array(Q)) == pytest.approx(0.9398148148148149, abs=1e-12)
+    y = np.array([0, 0, 1, 1, 1, 0])
+    assert metrics.auroc(y, np.array(TIES)) == pytest.approx(0.888888888888889, abs=1e-12)
 
 
-def test_what_is_not_defined_is_nan_and_nothing_is_refused():
-    alone = metrics.scores([1, 1], [1, 1], 3, groups=["a", "b"], probability=np.full((2, 3), 1 / 3))
-    assert np.isnan(alone["auroc"]) and np.isnan(alone["kappa"]) and np.isnan(alone["interval"]["auroc"]).all() and alone["f1"] == 1
+def test_random_cases_equal_scikit_learn():
+    theirs = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for C in (2, 3, 5):
+        y = rng.integers(0, C, 200)
+        q = rng.random((200, C)).round(1) + 0.01
+        q /= q.sum(1, keepdims=True)
+        found = metrics.scores(y, q, C, np.arange(200))
+        many = {} if C == 2 else {"multi_class": "ovo"}
+        golden = theirs.roc_auc_score(y, q[:, 1] if C == 2 else q, **many)
+        assert found["auroc"] == pytest.approx(golden, abs=1e-12)
+        low, high = found["interval"]["auroc"]
+        assert low < golden < high and {"f1", "auroc"} < set(found["interval"])
+
+
+def test_undefined_values_are_nan():
+    third = np.full((2, 3), 1 / 3)
+    alone = metrics.scores([0, 0], third, 3, ["a", "b"])
+    assert np.isnan(alone["auroc"]) and alone["f1"] == 1
+    assert np.isnan(alone["interval"]["auroc"]).all()
     assert np.isnan(metrics.dice(np.diag([3, 0]))[1])
-    assert np.isnan(metrics.scores([0, 1], [0, 1], 2, groups=["a", "a"])["interval"]["f1"]).all()           # one patient tells nothing of others
-    with pytest.raises(ValueError, match="nothing to measure"):
-        metrics.scores([], [], 2)
-
-
-def test_the_interval_is_that_of_groups_and_not_of_rows():
-    """Four patients of fifty identical rows each, one of them wrong: drawn by row the accuracy is sure, drawn by patient it is not."""
-    y, p, who = np.zeros(200, int), np.repeat([0, 0, 0, 1], 50), np.repeat(list("abcd"), 50)
-    by_group, by_row = (metrics.scores(y, p, 2, g)["interval"]["accuracy"] for g in (who, np.arange(200)))
-    assert by_group == (0.25, 1.0) and 0.67 < by_row[0] < by_row[1] < 0.82           # 1 - k/4 wrong patients; .75 +- 2 sqrt(.75 .25 / 200)
 
 
 def test_weights_of_the_auroc_are_repeated_rows():
     rng = np.random.default_rng(0)
-    y, q, w = rng.integers(0, 3, 40), rng.random((40, 3)).round(1), rng.integers(0, 4, (2, 40))
-    for weight, found in zip(w, metrics.auroc(y, q, w)):
+    y = rng.integers(0, 3, 40)
+    q = rng.random((40, 3)).round(1)
+    weights = rng.integers(0, 4, (2, 40))
+    for weight, found in zip(weights, metrics.auroc(y, q, weights), strict=True):
         rows = np.repeat(np.arange(40), weight)
         assert found == pytest.approx(metrics.auroc(y[rows], q[rows]), abs=1e-12)
 
 
-def test_recalls_and_dice_by_hand():
-    sim, hit = np.array([[.9, .8, .1], [.5, .6, .7], [.1, .2, .3]]), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
-    assert metrics.recalls(sim, hit, (1, 2, 3)) == {"R@1": 0, "R@2": 1 / 3, "R@3": 2 / 3}      # ranks 2 and 3; the last has no answer
-    m = metrics.confusion([0, 0, 0, 1], [0, 0, 1, 1], 2)
-    assert metrics.dice(m).tolist() == pytest.approx([2 * 2 / 5, 2 * 1 / 3])
+def test_dice_by_hand():
+    matrix = evaluate.confusion([0, 0, 0, 1], [0, 0, 1, 1], 2)
+    assert metrics.dice(matrix).tolist() == pytest.approx([2 * 2 / 5, 2 * 1 / 3])
+
+
+# ---- Folds and the probe ------------------------------------------------------------------------
+
+
+def test_folds_keep_groups_together_and_classes_even():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 40, 300)
+    y = groups % 3  # a patient has one disease
+    fold = metrics.folds(y, groups, 5)
+    assert all(len(set(fold[groups == g])) == 1 for g in range(40)) and set(fold) == set(range(5))
+    share = np.array([np.bincount(y[fold == f], minlength=3) / (fold == f).sum() for f in range(5)])
+    assert np.abs(share - share.mean(0)).max() < 0.12
+    assert np.bincount(metrics.folds(np.zeros(10, int), None, 5)).tolist() == [2] * 5
+
+
+def test_no_group_is_on_both_sides_and_every_row_is_predicted_once():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 30, 200)
+    y = rng.integers(0, 3, 200)
+    pairs = metrics.splits(y, groups)
+    assert all(not set(groups[a]) & set(groups[b]) for a, b in pairs)
+    assert sorted(np.concatenate([b for _, b in pairs])) == list(range(200))
+    ((train, test),) = metrics.splits(y, groups, ["train", "val", "test", ""] * 50)
+    assert set(test % 4) == {2} and set(train % 4) == {0, 1}
+    # One group has nothing beside it, and a row without a split belongs nowhere.
+    for who, split in ((np.zeros(200, int), ()), (groups, ["test"] * 199 + [""])):
+        with pytest.raises(ValueError, match="nothing to learn from"):
+            metrics.splits(y, who, split)
+
+
+def test_folds_by_row_would_flatter():
+    """Features that say who, and labels that depend on who: only folds by group tell the truth."""
+    groups = np.random.default_rng(0).integers(0, 30, 200)
+    leaky = np.eye(30)[groups]
+    y = groups % 2
+    row = metrics.linear_probe(leaky, y, 2, groups)
+    assert row["accuracy"] < 0.75 and row["groups"] == 30 and row["n"] == 200
+    assert metrics.linear_probe(leaky, y, 2, np.arange(200))["accuracy"] > 0.95

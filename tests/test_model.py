@@ -1,286 +1,659 @@
-"""pytest tests/test_model.py — our networks against torch's own modules, and the masks."""
-import json
+"""Hold the networks to torch's own modules, the masks to their meaning, public weights to timm.
 
-import numpy as np
+    pytest tests/test_model.py
+
+weights.json holds what timm 1.0.31 and open_clip 3.3 compute from weights that anyone can write
+down (`sines`).
+"""
+
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from conftest import script
 
-import subjects
 import model as networks
-import tokenizer
+import text
+import train
+
+GOLDEN = json.loads(Path(__file__).with_name("weights.json").read_text())
 
 
-def tiny(**kw):
+def tiny(**other):
+    """Build an MRPLIP of a few thousand parameters: start id 47, end 48, [mask] 49."""
     torch.manual_seed(0)
-    sizes = dict(vision=dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv"), text=dict(context=16, width=24, depth=1, heads=2),
-                 fusion=dict(width=16, depth=2, heads=2, pool=2), embed=12, simsiam=(16, 8))
-    return networks.MRPLIP(50, 48, **{**sizes, **kw}).eval()
+    sizes = dict(
+        vision=dict(size=32, patch=16, width=32, depth=1, heads=2, stem="conv"),
+        text=dict(context=16, width=24, depth=1, heads=2),
+        fusion=dict(width=16, depth=2, heads=2, pool=2),
+        embed=12,
+        simsiam=(16, 8),
+    )
+    return networks.MRPLIP(50, 48, **(sizes | other)).eval()
 
 
-@pytest.mark.parametrize("mask", [None, "causal", "random"])
+# --------------------------------------------------------------------------------------------------
+# Attention and block
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "random"])
 def test_attention_equals_torch(mask):
     torch.manual_seed(0)
-    ours, theirs, x = networks.Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True), torch.randn(2, 7, 24)
+    ours, theirs = networks.Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
-    theirs.out_proj.weight.data, theirs.out_proj.bias.data = ours.proj.weight.data, ours.proj.bias.data
-    allow = {None: torch.ones(7, 7).bool(), "causal": torch.ones(7, 7).tril().bool(), "random": (torch.rand(7, 7) < 0.5) | torch.eye(7).bool()}[mask]
-    got = ours(x, allow if mask == "random" else mask)
-    assert torch.allclose(got, theirs(x, x, x, attn_mask=~allow, need_weights=False)[0], atol=1e-6)
+    theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    x, allow = torch.randn(2, 7, 24), torch.ones(7, 7).bool()
+    if mask == "causal":
+        allow = allow.tril()
+    if mask == "random":
+        allow = (torch.rand(7, 7) < 0.5) | torch.eye(7).bool()
+    got = ours(x, allow if mask == "random" else None, causal=mask == "causal")
+    expected, _ = theirs(x, x, x, attn_mask=~allow, need_weights=False)
+    assert torch.allclose(got, expected, atol=1e-6)
 
 
-def test_batch_norm_equals_torch_on_the_valid_rows():
-    x, valid = torch.randn(20, 6), torch.rand(20) < 0.7
-    ours, theirs = networks.BatchNorm(6), nn.BatchNorm1d(6)
-    assert torch.allclose(ours(x, valid)[valid], theirs(x[valid]), atol=1e-5)
-    wild = torch.where(valid[:, None], x, 1e3)
-    assert torch.allclose(ours(wild, valid)[valid], ours(x, valid)[valid], atol=1e-5)
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_block_equals_torch(quick):
+    torch.manual_seed(0)
+    ours = networks.Block(24, 3, quick=quick)
+    gelu = quick_gelu if quick else "gelu"
+    more = dict(batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoderLayer(24, 3, 96, 0.0, gelu, **more)
+    names = {
+        "attn.qkv.": "self_attn.in_proj_",
+        "attn.proj.": "self_attn.out_proj.",
+        "mlp.fc1.": "linear1.",
+        "mlp.fc2.": "linear2.",
+    }
+    state = {}
+    for key, value in ours.state_dict().items():
+        for own, other in names.items():
+            key = key.replace(own, other)
+        state[key] = value
+    theirs.load_state_dict(state)
+    x, hidden = torch.randn(2, 7, 24), torch.ones(7, 7).triu(1).bool()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert torch.allclose(ours(x, causal=True), theirs(x, src_mask=hidden), atol=1e-6)
+
+
+def test_layer_scale_gates_both_branches():
+    block, x = networks.Block(24, 3, layer_scale=0.5), torch.randn(2, 7, 24)
+    nn.init.zeros_(block.ls2.gamma)
+    assert torch.allclose(block(x), x + 0.5 * block.attn(block.norm1(x)), atol=1e-6)
+    nn.init.zeros_(block.ls1.gamma)
+    assert torch.equal(block(x), x)
 
 
 def test_the_stem_does_not_copy_what_one_process_normalises(monkeypatch):
-    monkeypatch.setattr(networks, "full", lambda x: pytest.fail("a copy in fp32 that nothing reads"))
+    monkeypatch.setattr(networks, "full", lambda x: pytest.fail("a copy in fp32 that nobody reads"))
     assert networks.StemNorm(4)(torch.rand(2, 4, 3, 3)).shape == (2, 4, 3, 3)
 
 
+def test_one_process_exchanges_nothing():
+    x = torch.rand(3)
+    assert networks.world_size() == 1 and networks.rank() == 0 and networks.all_sum(x) is x
+
+
+def test_sums_over_processes_travel_contiguous(monkeypatch):
+    """NCCL refuses a tensor with other strides, gloo does not."""
+    sent = []
+    monkeypatch.setattr(networks.dist, "all_reduce", sent.append)
+    x = torch.rand(4, 3, requires_grad=True)
+    networks.AllSum.apply(x.T).sum().backward()
+    assert len(sent) == 2 and all(y.is_contiguous() for y in sent)
+
+
+# --------------------------------------------------------------------------------------------------
+# Towers
+
+
+def test_the_conv_stem_does_not_see_the_stain():
+    model, images = tiny(), 0.6 * torch.rand(2, 3, 32, 32)
+    tinted = images + torch.tensor([0.3, 0.1, 0.2]).view(3, 1, 1)
+    assert torch.allclose(model.vision(images), model.vision(tinted), atol=1e-5)
+    assert not torch.allclose(model.vision(images), model.vision(images.flip(0)), atol=1e-3)
+
+
 def test_text_tower_pools_at_the_first_end_and_ignores_padding():
-    m = tiny()
+    model = tiny()
     ids = torch.tensor([[47, 3, 4, 48, 0, 0, 0, 0], [47, 5, 48, 0, 0, 0, 0, 0]])
-    longer = F.pad(ids, (0, 8), value=49)  # [mask] ids after the end, larger than the end id: argmax pooling would take them
-    assert torch.allclose(m.encode_text(ids), m.encode_text(longer), atol=1e-6)
-    assert networks.text_valid(ids, 48).sum(1).tolist() == [4, 3]
+    # [mask] is larger than the end id, so pooling at the largest would take it.
+    longer = F.pad(ids, (0, 8), value=49)
+    assert torch.allclose(model.encode_text(ids), model.encode_text(longer), atol=1e-6)
+    assert networks.real_tokens(ids, 48).sum(1).tolist() == [4, 3]
+    # A second end id is padding as well.
+    twice = torch.tensor([[47, 3, 48, 7, 48]])
+    assert networks.real_tokens(twice, 48).tolist() == [[True, True, True, False, False]]
+    with pytest.raises(ValueError, match="reads 16 ids, not 17: cut the texts"):
+        model.text(torch.zeros(1, 17, dtype=torch.long))
 
 
-def test_fusion_ignores_padding_and_the_order_of_keywords():
-    m = tiny()
-    visual, words, real = torch.randn(2, 5, 16), torch.randn(2, 6, 24), torch.tensor([[True] * 4 + [False] * 2] * 2)
-    changed = torch.where(real[..., None], words, 7.0)
-    assert torch.allclose(m.fuse_with_text(visual, words, real)[:, :4], m.fuse_with_text(visual, changed, real)[:, :4], atol=1e-5)
-    w, ok, order = torch.randn(2, 4, 12), torch.tensor([[True, True, True, False]] * 2), torch.tensor([2, 3, 0, 1])
-    z = m.fuse_with_keywords(visual, w, ok)
-    assert torch.allclose(z, m.fuse_with_keywords(visual, w[:, order], ok[:, order]), atol=1e-5)
-    assert not torch.allclose(z, m.fuse_with_keywords(visual, w + 1, ok), atol=1e-3)
-
-
-def test_prefix_mask_hides_the_future_and_nothing_else():
-    m = tiny()
-    visual, words, real = torch.randn(1, 5, 16), torch.randn(1, 6, 24), torch.ones(1, 6, dtype=torch.bool)
-    base = m.fuse_with_text(visual, words, real, torch.tensor([3]))
-    for position in range(6):
-        other = words.clone()
-        other[0, position] += 1
-        moved = ((m.fuse_with_text(visual, other, real, torch.tensor([3])) - base).abs().amax(-1) > 1e-5)[0].tolist()
-        # a word of the prefix is seen everywhere; a later one only from itself on
-        assert moved == [position < 3 or i >= position for i in range(6)]
-
-
-def test_plm_cannot_see_the_token_it_predicts_through_the_whole_model():
-    """Text tower and fusion together: changing token i + 1 must not change the logits at i."""
-    m = tiny()
-    visual, ids = torch.randn(1, 5, 16), torch.tensor([[47, 1, 2, 3, 4, 48]])
-    run = lambda ids: m.lm_logits(m.fuse_with_text(visual, m.text(ids)[0], networks.text_valid(ids, 48), torch.tensor([2])))
+def test_text_tower_is_causal():
+    model, ids = tiny(), torch.tensor([[47, 1, 2, 3, 4, 48]])
     other = ids.clone()
     other[0, 3] = 9
-    assert torch.allclose(run(ids)[0, :3], run(other)[0, :3], atol=1e-5) and not torch.allclose(run(ids)[0, 3], run(other)[0, 3], atol=1e-4)
-
-
-def test_pooled_visual_tokens_are_grid_means():
-    m = tiny(fusion=dict(width=16, depth=1, heads=2, pool=1))
-    images = torch.rand(3, 3, 32, 32)
-    tokens = m.vision(images)
-    assert torch.allclose(m.see(images), torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-6)
-    assert tiny(fusion=dict(width=16, depth=1, heads=2, pool=0)).see(images).shape == tokens.shape
-
-
-def test_the_last_layer_may_compute_one_token_only():
-    m = tiny()
-    visual, w, ok = torch.randn(3, 5, 16), torch.randn(3, 4, 12), torch.rand(3, 4) < 0.7
-    x = torch.cat([visual, m.fuse_keyword(w) + m.kind[2]], 1)
-    assert torch.allclose(m.fuse_with_keywords(visual, w, ok), m.fuse(x, F.pad(ok, (5, 0), value=True)[:, None, None])[:, 0], atol=1e-6)
-    text, real, at = torch.randn(3, 6, 24), torch.arange(6) < torch.tensor([[6], [3], [4]]), torch.tensor([5, 2, 1])
-    for prefix in (None, torch.tensor([1, 2, 4])):
-        whole, one = m.fuse_with_text(visual, text, real, prefix), m.fuse_with_text(visual, text, real, prefix, at)
-        assert torch.allclose(one, whole[torch.arange(3), at], atol=1e-6)
-
-
-class Words:
-    """A stand-in for the tokenizer of `tiny`: a text is its ids in decimal."""
-    start, end, mask = 47, 48, 49
-
-    def encode(self, text):
-        return [int(w) for w in text.split()]
-
-    def decode(self, ids):
-        return " ".join(str(i) for i in ids if i < 47)
-
-
-def chatty():
-    m = tiny()
-    m.lm_head.bias.data.normal_(generator=torch.Generator().manual_seed(5)).mul_(0.1)
-    for table in (m.text.embed, m.lm_head):
-        table.weight.data.mul_(60)                        # so that captions differ between images and from word to word
-    m.lm_head.bias.data[48] = 6.0
-    return m
-
-
-def test_greedy_captions_are_the_likeliest_words_and_end():
-    m, images = chatty(), torch.rand(6, 3, 32, 32) * torch.arange(6).view(6, 1, 1, 1)
-    images = images.clamp(max=1)
-    got = m.caption(images, tokenizer=Words(), max_tokens=12)
-    alone = [m.caption(image[None], tokenizer=Words(), max_tokens=12)[0] for image in images]
-    assert got == alone and len(set(got)) > 1             # in company and alone: nothing after an end leaks into a caption
-    ended = 0
-    with torch.no_grad():
-        for image, caption in zip(images, got):           # by hand: the whole sequence, no prefix argument but the mask it means
-            ids = torch.tensor([[47, *Words().encode(caption)]])
-            visual = m.visual_tokens(m.see(image[None]))
-            x = torch.cat([visual, m.fuse_text(m.text(ids)[0]) + m.kind[1]], 1)
-            L = x.shape[1]
-            allowed = torch.ones(L, L).tril().bool()
-            allowed[:, :6] = True                         # the five visual tokens and the start id see each other
-            logits = m.lm_logits(m.fuse(x, allowed[None, None]))[0, 5:]
-            logits[:, [47, 49]] = -torch.inf
-            best = logits.argmax(-1).tolist()
-            assert best[:-1] == ids[0, 1:].tolist()
-            ended += best[-1] == 48
-            assert best[-1] == 48 or ids.shape[1] == 13
-    assert ended >= 2
-
-
-def test_captions_go_on_from_a_prefix_and_are_drawn_on_request():
-    m, images = chatty(), torch.rand(4, 3, 32, 32)
-    assert all(c.startswith("5 6 7") for c in m.caption(images, "5 6 7", tokenizer=Words()))
-    assert m.caption(images, tokenizer=Words(), top_p=1e-9) == m.caption(images, tokenizer=Words())     # the likeliest alone
-    m.lm_head.bias.data[48] = 0
-    draw = lambda seed: m.caption(images, tokenizer=Words(), top_p=0.95, generator=torch.Generator().manual_seed(seed), max_tokens=8)
-    assert draw(0) == draw(0) != draw(1)
-    assert all(len(Words().encode(c)) <= 15 for c in m.caption(images, tokenizer=Words(), max_tokens=99))   # the context is 16, start id included
-    with pytest.raises(ValueError, match="the prefix has 15 tokens and the text tower reads 16"):
-        m.caption(images, " ".join("1" * 15), tokenizer=Words())
-
-
-def test_nucleus_sampling_keeps_the_fewest_words_that_reach_p():
-    m = tiny()
-    m.lm_logits = lambda x: torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05] + [1e-9] * 46)).expand(len(x), 50).clone()
-    drawn = {w for c in m.caption(torch.rand(40, 3, 32, 32), tokenizer=Words(), top_p=0.7, generator=torch.Generator().manual_seed(0), max_tokens=10) for w in c.split()}
-    assert drawn == {"0", "1"}                             # 0.5 does not reach 0.7, 0.5 + 0.3 does
-
-
-@pytest.mark.parametrize("stem", ["conv", "patch"])
-@pytest.mark.parametrize("pool", [0, 2])
-def test_flops_are_what_torch_counts(stem, pool):
-    m = tiny(vision=dict(size=64, patch=16, width=32, depth=3, heads=2, stem=stem), fusion=dict(width=16, depth=3, heads=2, pool=pool))
-    T, V = 11, 1 + (pool or 4) ** 2
-    visual, ids, images = torch.randn(1, V, 16), torch.randint(0, 40, (1, T)), torch.rand(1, 3, 64, 64)
-    tokens, text = m.vision(images), m.text(ids)[0]
-    calls = {"pixels": lambda: (m.vision.stem[0] if stem == "conv" else m.vision.stem)(images), "vision": lambda: m.vision(images), "project": lambda: m.project(tokens), "visual_tokens": lambda: m.visual_tokens(torch.randn(1, V, 32)), "text": lambda: m.text(ids),
-             "fuse_with_text": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool()),
-             "match": lambda: m.fuse_with_text(visual, text, torch.ones(1, T).bool(), at=torch.tensor([3])), "lm_logits": lambda: m.lm_logits(torch.randn(1, T, 16)),
-             "fuse_with_keywords": lambda: m.fuse_with_keywords(visual, torch.randn(1, 5, 12), torch.ones(1, 5).bool()),
-             "heads": lambda: m.heads(torch.randn(1, 16), torch.ones(1).bool())}
-    flops = m.flops(tokens=T, k_o=5)
-    assert flops.keys() == calls.keys()
-    for part, call in calls.items():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel's products are not counted
-            call()
-        assert flops[part] == counter.get_total_flops(), part
-
-
-def test_both_encoders_compile_whole():
-    m = tiny()
-    images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[47, 3, 4, 48, 0], [47, 5, 48, 0, 0]])
-    for encode, x in ((m.encode_image, images), (m.encode_text, ids)):
-        assert torch.allclose(torch.compile(encode, fullgraph=True, backend="aot_eager")(x), encode(x), atol=1e-6)
+    moved = (model.text(ids)[0] - model.text(other)[0]).abs().amax(-1)[0] > 1e-6
+    assert moved.tolist() == [False, False, False, True, True, True]
 
 
 def test_embeddings_are_unit_vectors_of_images_of_the_right_size():
-    m = tiny()
-    assert torch.allclose(m.encode_image(torch.rand(3, 3, 32, 32)).norm(dim=-1), torch.ones(3), atol=1e-5)
-    with pytest.raises(ValueError, match="32 x 32"):
-        m.encode_image(torch.rand(1, 3, 64, 64))
+    model, images = tiny(), torch.rand(3, 3, 32, 32)
+    v = model.encode_image(images)
+    assert torch.allclose(v.norm(dim=-1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(v, model.to_shared(model.vision_tokens(images)), atol=1e-6)
+    with pytest.raises(ValueError, match=r"reads 32 x 32 px, not \(64, 64\)"):
+        model.encode_image(torch.rand(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="an image of 40 px with a patch stem has no patches"):
+        networks.ViT(40, 16, 32, 1, 2)
 
 
-# ---------------------------------------------------------------- the command line
-
-@pytest.fixture
-def run(tmp_path):
-    """A run folder as train.py leaves it, untrained."""
-    words = tokenizer.Tokenizer.train(["the image shows sheets of large nuclei and mucin"] * 3, 560)
-    torch.manual_seed(0)
-    model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
-    words.save(tmp_path / "tokenizer.json")
-    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, tmp_path / "ckpt.pt")
-    (tmp_path / "keywords.json").write_text(json.dumps(["mucin", "large nucleus", "sheet"]))
-    return tmp_path
-
-
-def test_pictures_of_any_kind_are_captioned_and_bad_ones_cost_themselves(run, capsys):
-    tall = np.zeros((90, 40, 3), np.uint8)
-    tall[25:65] = 255                                     # the centred square is white, what is cut off black
-    Image.fromarray(tall).save(run / "tall.png")
-    assert networks.read_picture(run / "tall.png", 64).min() == 1
-    Image.fromarray(np.full((300, 300, 4), 200, np.uint8)).save(run / "alpha.png")
-    Image.fromarray(np.full((70, 64), 128, np.uint8)).save(run / "grey.jpg")
-    Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(run / "deep.png")
-    (run / "cut.png").write_bytes((run / "tall.png").read_bytes()[:-30])
-    (run / "note.txt").write_text("no picture")
-    failed = networks.print_captions(run, [run / n for n in ("tall.png", "cut.png", "deep.png", "alpha.png", "note.txt", "gone.png", "grey.jpg")], "the image")
-    out, err = capsys.readouterr()
-    assert failed == 4 and [line.split("/")[-1] for line in out.splitlines()[::3]] == ["tall.png", "alpha.png", "grey.jpg"]
-    assert all(line.startswith("  the image") for line in out.splitlines()[1::3])
-    assert all({w.rsplit(" ", 1)[0].strip() for w in line.split(",")} == {"mucin", "large nucleus", "sheet"} for line in out.splitlines()[2::3])
-    for name in ("cut.png", "deep.png", "note.txt", "gone.png"):
-        assert f"{name} cannot be read as a picture" in err
+def test_pooled_tokens_are_grid_means():
+    big = dict(size=64, patch=16, width=32, depth=1, heads=2)
+    for pool, side in ((1, 4), (2, 2)):
+        model = tiny(vision=big, fusion=dict(width=16, depth=1, heads=2, pool=pool))
+        images = torch.rand(3, 3, 64, 64)
+        tokens, got = model.vision(images), model.vision_tokens(images)
+        grid = tokens[:, 1:].view(3, 4, 4, 32)
+        assert got.shape == (3, 1 + pool**2, 32) and torch.equal(got[:, 0], tokens[:, 0])
+        first = grid[:, :side, :side].mean((1, 2))
+        last = grid[:, -side:, -side:].mean((1, 2))
+        assert torch.allclose(got[:, 1], first, atol=1e-6)
+        assert torch.allclose(got[:, -1], last, atol=1e-6)
+    model = tiny(vision=big, fusion=dict(width=16, depth=1, heads=2, pool=0))
+    assert torch.equal(model.vision_tokens(images), model.vision(images))
 
 
-def test_keywords_shown_are_the_closest(run, capsys):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(run / "a.png")
-    networks.print_captions(run, [run / "a.png"], best=2)
-    shown = capsys.readouterr().out.splitlines()[2]
-    model, words = subjects.load_run(run)
-    cosine = (model.encode_image(networks.read_picture(run / "a.png", 64)[None]) @ subjects.embed_texts(model, words, ["mucin", "large nucleus", "sheet"]).T)[0]
-    first, second = cosine.topk(2).indices.tolist()
-    assert shown == "  " + ", ".join(f"{['mucin', 'large nucleus', 'sheet'][i]} {cosine[i]:.2f}" for i in (first, second))
+def test_both_encoders_compile_whole():
+    model = tiny()
+    ids = torch.tensor([[47, 3, 4, 48, 0], [47, 5, 48, 0, 0]])
+    for encode, x in ((model.encode_image, torch.rand(2, 3, 32, 32)), (model.encode_text, ids)):
+        compiled = torch.compile(encode, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(x), encode(x), atol=1e-6)
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(run, tmp_path):
-    done = script("model.py", "export", run, "--to", "open_clip")
-    assert done.returncode == 1 and done.stderr.startswith("error: no other package has this image tower") and done.stderr.count("\n") == 1
-    done = script("model.py", "caption", tmp_path / "nowhere", "x.png")
-    assert done.returncode == 1 and "holds no ckpt.pt" in done.stderr and "Traceback" not in done.stderr
-    assert "between 0 and 1" in script("model.py", "caption", run, "x.png", "--top-p", "3").stderr
+# --------------------------------------------------------------------------------------------------
+# Fusion: one network, four masks
 
 
-def test_a_checkpoint_of_other_networks_is_one_sentence(run):
-    state = torch.load(run / "ckpt.pt", weights_only=True)
-    torch.save({**state, "config": {"size": "gone"}}, run / "ckpt.pt")
-    with pytest.raises(ValueError, match="is of size 'gone', which model.SIZES does not have"):
-        subjects.load_run(run)
-    (run / "ckpt.pt").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="ckpt.pt cannot be read"):
-        subjects.load_run(run)
-    del state["model"]["lm_head.bias"]
-    torch.save(state, run / "ckpt.pt")
-    with pytest.raises(ValueError, match="ckpt.pt holds other networks than this code builds .*lm_head.bias"):
-        subjects.load_run(run)
+def test_fusion_ignores_padding_and_the_order_of_keywords():
+    model, image, words = tiny(), torch.randn(2, 5, 16), torch.randn(2, 6, 24)
+    real = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    changed = torch.where(real[..., None], words, 7.0)
+    got = model.fuse_with_text(image, words, real)[:, :4]
+    assert torch.allclose(got, model.fuse_with_text(image, changed, real)[:, :4], atol=1e-5)
+    short = model.fuse_with_text(image, words[:, :4], real[:, :4])
+    assert torch.allclose(got, short, atol=1e-5)
+    # Keywords: a set of three, and one that is padding.
+    w, valid = torch.randn(2, 4, 12), torch.tensor([[True, True, True, False]] * 2)
+    order = torch.tensor([2, 3, 0, 1])
+    z = model.fuse_with_keywords(image, w, valid)
+    again = model.fuse_with_keywords(image, w[:, order], valid[:, order])
+    assert torch.allclose(z, again, atol=1e-5)
+    assert torch.allclose(z, model.fuse_with_keywords(image, w[:, :3], valid[:, :3]), atol=1e-5)
+    assert not torch.allclose(z, model.fuse_with_keywords(image, w + 1, valid), atol=1e-3)
 
 
-def test_sizes_are_those_of_the_papers(capsys, monkeypatch):
-    monkeypatch.setattr(networks, "SIZES", {"synthetic": networks.SIZES["synthetic"]})
-    networks.print_sizes()
-    model = networks.MRPLIP(1500, 48, **networks.SIZES["synthetic"])
-    table = capsys.readouterr().out
-    for part, n in (("vision", sum(p.numel() for p in [*model.vision.parameters(), *model.proj.parameters()])), ("all", sum(p.numel() for p in model.parameters()))):
-        row = next(line for line in table.splitlines() if line.split()[0].rstrip(",") == part)
-        assert f"{n / 1e6:.2f} M" in row and f"{4 * n / 1e6:.1f} MB" in row and f"{16 * n / 1e6:.1f} MB" in row
+def test_without_a_prefix_every_word_sees_every_word():
+    model, image, words = tiny(), torch.randn(1, 5, 16), torch.randn(1, 6, 24)
+    real = torch.ones(1, 6, dtype=torch.bool)
+    base = model.fuse_with_text(image, words, real)
+    for position in range(6):
+        other = words.clone()
+        other[0, position] += 1
+        moved = (model.fuse_with_text(image, other, real) - base).abs().amax(-1) > 1e-5
+        assert moved.all()
+
+
+def test_prefix_mask_hides_the_future_and_nothing_else():
+    model, image, words = tiny(), torch.randn(1, 5, 16), torch.randn(1, 6, 24)
+    real, prefix = torch.ones(1, 6, dtype=torch.bool), torch.tensor([3])
+    base = model.fuse_with_text(image, words, real, prefix)
+    for position in range(6):
+        other = words.clone()
+        other[0, position] += 1
+        moved = (model.fuse_with_text(image, other, real, prefix) - base).abs().amax(-1) > 1e-5
+        # A word of the prefix is seen everywhere; a later one only from itself on.
+        assert moved[0].tolist() == [position < 3 or i >= position for i in range(6)]
+    # The image is seen everywhere.
+    moved = model.fuse_with_text(torch.randn(1, 5, 16), words, real, prefix) - base
+    assert (moved.abs().amax(-1) > 1e-5).all()
+
+
+def test_plm_cannot_see_the_token_it_predicts_through_the_whole_model():
+    """Text tower and fusion together: token i + 1 must not change the logits at i."""
+    model, image = tiny(), torch.randn(1, 5, 16)
+    ids = torch.tensor([[47, 1, 2, 3, 4, 48]])
+    other = ids.clone()
+    other[0, 3] = 9
+    logits = []
+    for x in (ids, other):
+        real, prefix = networks.real_tokens(x, 48), torch.tensor([2])
+        logits.append(model.lm_logits(model.fuse_with_text(image, model.text(x)[0], real, prefix)))
+    assert torch.allclose(logits[0][0, :3], logits[1][0, :3], atol=1e-5)
+    assert not torch.allclose(logits[0][0, 3], logits[1][0, 3], atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes, start, names
+
+
+def count(*modules):
+    """Count the parameters of modules."""
+    return sum(sum(p.numel() for p in module.parameters()) for module in modules)
+
+
+def test_sizes_are_those_of_the_papers():
+    models = {}
     with torch.device("meta"):
-        paper, clip = (networks.MRPLIP(49409, 49407, **dict(zip(("vision", "text", "fusion", "embed", "simsiam"), v))) for v in
-                       [(dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5), networks.CLIP_TEXT, networks.FUSION, 512, (2048, 512)),
-                        (networks.CLIP_B32, networks.CLIP_TEXT, networks.FUSION, 512, (2048, 512))])
-    count = lambda m: sum(p.numel() for p in m.parameters())
-    assert count(paper.vision) == 303_350_784             # UNI
-    assert count(clip.vision) + count(clip.proj) + count(clip.text) - 512 + 1 == 151_277_313  # CLIP ViT-B/32, without [mask], with its temperature
+        for name in networks.SIZES:
+            models[name] = networks.MRPLIP(49409, 49407, **networks.SIZES[name])
+    assert count(models["paper"].vision) == 303_350_784  # UNI
+    for name in ("quiltnet", "plip"):
+        clip = models[name]
+        # CLIP ViT-B/32, without the embedding of [mask], with one temperature.
+        total = count(clip.vision, clip.proj, clip.text) - 512 + 1
+        assert total == 151_277_313
+    assert count(models["synthetic"]) < 10e6
+
+
+def test_weights_start_as_the_docstring_says():
+    torch.manual_seed(0)
+    size = dict(networks.SIZES["synthetic"], text=dict(context=64, width=256, depth=3, heads=2))
+    model = networks.MRPLIP(1500, 1498, **size)
+    text_tower = model.text
+    fc1, fc2 = text_tower.blocks[0].mlp.fc1, text_tower.blocks[0].mlp.fc2
+    assert fc1.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert fc2.weight.std().item() == pytest.approx(1024**-0.5 / 6**0.5, rel=0.02)
+    assert not fc1.bias.any()
+    assert text_tower.positional_embedding.std().item() == pytest.approx(0.01, rel=0.03)
+    # The word head starts as a copy of the embedding and learns alone.
+    words, head = text_tower.token_embedding.weight, model.lm_head.weight
+    assert torch.equal(words, head) and words is not head
+    assert words.std().item() == pytest.approx(0.02, rel=0.02)
+    logits = model.lm_logits(torch.randn(200, model.kind.shape[1]))
+    assert logits.std().item() == pytest.approx(0.5, rel=0.1)
+    for scale in (model.itc_scale, model.cvta_scale):
+        assert (-scale).exp().item() == pytest.approx(0.07)
+
+
+def test_full_is_fp32_at_least():
+    for dtype, expected in ((torch.bfloat16, 32), (torch.float32, 32), (torch.float64, 64)):
+        assert networks.full(torch.ones(1, dtype=dtype)).dtype == getattr(torch, f"float{expected}")
+
+
+def test_fingerprints_tell_weights_apart():
+    model = tiny()
+    first = networks.fingerprint(model)
+    assert len(first) == 12 and first == networks.fingerprint(tiny())
+    assert first == networks.fingerprint(tiny().double())
+    model.kind.data[0, 0] += 1e-6
+    assert networks.fingerprint(model) != first
+    # Cached features are named by the vision tower and the pooling, and by nothing else.
+    name = networks.features_name(model)
+    assert name == networks.features_name(tiny())
+    model.vision.cls_token.data += 1
+    other = tiny(fusion=dict(width=16, depth=2, heads=2, pool=1))
+    assert len({name, networks.features_name(model), networks.features_name(other)}) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# timm's vision towers
+
+
+def timm_state(D=128, patch=16, grid=2):
+    """Draw a random ViT of two layers in timm's names."""
+    shapes = {
+        "cls_token": (1, 1, D),
+        "pos_embed": (1, 1 + grid * grid, D),
+        "patch_embed.proj.weight": (D, 3, patch, patch),
+        "patch_embed.proj.bias": (D,),
+        "norm.weight": (D,),
+        "norm.bias": (D,),
+    }
+    linear = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D)}
+    linear["mlp.fc2"] = (D, 4 * D)
+    for i in range(2):
+        for name, shape in linear.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
+            shapes[f"blocks.{i}.{name}"] = (D,)
+        for name in ("ls1.gamma", "ls2.gamma"):
+            shapes[f"blocks.{i}.{name}"] = (D,)
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=g) * 0.1 for name, shape in shapes.items()}
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [N, H, L, D/H]
+
+
+def reference_vit(s, x, heads, eps):
+    """Compute timm's ViT with torch's functions, straight from the keys of its state dict."""
+
+    def linear(y, name):
+        return F.linear(y, s[name + ".weight"], s[name + ".bias"])
+
+    def norm(y, name):
+        return F.layer_norm(y, y.shape[-1:], s[name + ".weight"], s[name + ".bias"], eps)
+
+    patch = s["patch_embed.proj.weight"].shape[-1]
+    x = F.conv2d(x, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=patch)
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([s["cls_token"].expand(len(x), -1, -1), x], 1) + s["pos_embed"]
+    for i in range(2):
+        p = f"blocks.{i}."
+        q, k, v = linear(norm(x, p + "norm1"), p + "attn.qkv").chunk(3, -1)
+        q, k, v = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+        a = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        a = a.transpose(1, 2).flatten(2)
+        x = x + s[p + "ls1.gamma"] * linear(a, p + "attn.proj")
+        y = F.gelu(linear(norm(x, p + "norm2"), p + "mlp.fc1"))
+        x = x + s[p + "ls2.gamma"] * linear(y, p + "mlp.fc2")
+    return norm(x, "norm")
+
+
+def sines(state):
+    """Fill the shapes of a state dict: the i-th by name is sin(i + 0.01 (i + 1) n) / 10."""
+    out = {}
+    for i, (name, x) in enumerate(sorted(state.items())):
+        n = torch.arange(x.numel(), dtype=torch.float64)
+        out[name] = (torch.sin(i + 0.01 * (i + 1) * n) / 10).float().view(x.shape)
+    return out
+
+
+def waves(side):
+    """Draw two images of `side` px that anyone can write down."""
+    n = torch.arange(2 * 3 * side * side, dtype=torch.float64)
+    return (torch.sin(n * 0.37) / 2 + 0.5).float().view(2, 3, side, side)
+
+
+def is_golden(got, name):
+    """Compare with what the other package computed, to 5 digits of the norm."""
+    want = torch.tensor(GOLDEN[name])
+    return (got - want).norm() < 1e-5 * want.norm()
+
+
+def test_load_vit_computes_what_timm_does(tmp_path):
+    state, images = timm_state(), torch.rand(2, 3, 32, 32)
+    torch.save(state, tmp_path / "uni.bin")
+    vit = networks.load_vit(tmp_path / "uni.bin").eval()
+    assert vit.size == 32 and vit.grid == 2 and len(vit.blocks) == 2
+    expected = reference_vit(state, (images - vit.mean) / vit.std, 2, 1e-6)
+    assert torch.allclose(vit(images), expected, atol=1e-5)
+    # A head of classes is dropped; so is what open_clip puts before the names.
+    other = {f"visual.trunk.{name}": x for name, x in state.items()}
+    other["head.weight"] = torch.zeros(3, 128)
+    assert torch.equal(networks.load_vit(other).eval()(images), vit(images))
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_golden_timm_at_its_own_and_another_size(side):
+    vit = networks.load_vit(sines(timm_state(64)), side).eval()
+    assert vit.size == side and is_golden(vit(waves(side))[1, 0], f"timm{side}")
+
+
+def test_a_vision_tower_comes_back_from_its_file(tmp_path):
+    torch.manual_seed(1)
+    shape = dict(size=32, patch=16, width=128, depth=3, heads=2, layer_scale=0.1)
+    vit, images = networks.ViT(**shape).eval(), torch.rand(2, 3, 32, 32)
+    for p in vit.parameters():
+        nn.init.normal_(p, std=0.1)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    again = networks.load_vit(tmp_path / "vit.pt").eval()
+    assert torch.equal(again(images), vit(images))
+    assert networks.fingerprint(again) == networks.fingerprint(vit)
+    # Training scripts wrap their weights.
+    wrapped = {f"module.backbone.{name}": x for name, x in timm_state(64).items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "a.pt")
+    assert networks.read_weights(tmp_path / "a.pt").keys() == timm_state(64).keys()
+
+
+# --------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def clip_state(D=64, vocab=40):
+    """Draw a random CLIP of two layers a tower in the names of open_clip."""
+    layer = {
+        "attn.in_proj_weight": (3 * D, D),
+        "attn.in_proj_bias": (3 * D,),
+        "attn.out_proj.weight": (D, D),
+        "attn.out_proj.bias": (D,),
+        "mlp.c_fc.weight": (4 * D, D),
+        "mlp.c_fc.bias": (4 * D,),
+        "mlp.c_proj.weight": (D, 4 * D),
+        "mlp.c_proj.bias": (D,),
+    }
+    shapes = {
+        "visual.class_embedding": (D,),
+        "visual.positional_embedding": (5, D),
+        "visual.conv1.weight": (D, 3, 16, 16),
+        "visual.proj": (D, 24),
+        "token_embedding.weight": (vocab, D),
+        "positional_embedding": (9, D),
+        "text_projection": (D, 24),
+        "logit_scale": (),
+    }
+    norms = ["visual.ln_pre", "visual.ln_post", "ln_final"]
+    for tower in ("visual.", ""):
+        for i in range(2):
+            block = f"{tower}transformer.resblocks.{i}."
+            norms += [block + "ln_1", block + "ln_2"]
+            for name, shape in layer.items():
+                shapes[block + name] = shape
+    for name in norms:
+        shapes[name + ".weight"] = shapes[name + ".bias"] = (D,)
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=g) * 0.1 for name, shape in shapes.items()}
+
+
+def reference_text(s, ids, end):
+    """Compute CLIP's text tower with torch's modules: ids [1, T], position of the end id -> [d]."""
+    D, T = 64, ids.shape[1]
+    attention = nn.MultiheadAttention(D, 1, batch_first=True)
+    x = s["token_embedding.weight"][ids] + s["positional_embedding"][:T]
+    hidden = torch.ones(T, T).triu(1).bool()
+    for i in range(2):
+        start = f"transformer.resblocks.{i}."
+        b = {k.removeprefix(start): y for k, y in s.items() if k.startswith(start)}
+        attention.load_state_dict({k[5:]: y for k, y in b.items() if k.startswith("attn.")})
+        y = F.layer_norm(x, (D,), b["ln_1.weight"], b["ln_1.bias"])
+        x = x + attention(y, y, y, attn_mask=hidden, need_weights=False)[0]
+        y = F.layer_norm(x, (D,), b["ln_2.weight"], b["ln_2.bias"])
+        y = F.gelu(F.linear(y, b["mlp.c_fc.weight"], b["mlp.c_fc.bias"]))
+        x = x + F.linear(y, b["mlp.c_proj.weight"], b["mlp.c_proj.bias"])
+    x = F.layer_norm(x, (D,), s["ln_final.weight"], s["ln_final.bias"])
+    return x[0, end] @ s["text_projection"]
+
+
+def test_load_clip_computes_what_torch_does():
+    state, ids = clip_state(), torch.tensor([[38, 5, 6, 39, 0]])
+    vit, tower = networks.load_clip(state)
+    assert (vit.size, vit.patch, tower.context, tower.end) == (32, 16, 9, 39)
+    assert torch.equal(vit.proj, state["visual.proj"].T)
+    pooled = tower(ids)[1]
+    assert torch.allclose(pooled[0], reference_text(state, ids, 3), atol=1e-5)
+    # open_clip writes text. before the names of some models.
+    prefixed = {}
+    for name, x in state.items():
+        prefixed[name if name.startswith(("visual.", "logit")) else "text." + name] = x
+    assert torch.equal(networks.load_clip(prefixed)[1](ids)[1], pooled)
+    # The other GELU is another function.
+    assert not torch.allclose(networks.load_clip(state, quick_gelu=True)[1](ids)[1], pooled)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_golden_open_clip(quick):
+    vit, tower = networks.load_clip(sines(clip_state()), quick)
+    ids = torch.tensor([[38, 7, 39, 0, 0, 0, 0, 0, 0]])
+    assert is_golden(vit.eval()(waves(32))[1, 0] @ vit.proj.T, f"open_clip image {quick}")
+    assert is_golden(tower(ids)[1][0], f"open_clip text {quick}")
+
+
+def test_every_tensor_of_a_clip_finds_its_place():
+    state = clip_state()
+    vit, tower = networks.load_clip(state)
+    loaded = [*vit.parameters(), *tower.parameters()]
+    given = [x for name, x in state.items() if name != "logit_scale"]
+    assert sorted(x.sum().item() for x in loaded) == pytest.approx(
+        sorted(x.sum().item() for x in given), abs=1e-4
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Files that are something else
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of TorchScript
+def test_a_file_that_is_no_weights_is_one_sentence(tmp_path):
+    torch.save(timm_state(64), tmp_path / "whole.bin")
+    path = tmp_path / "x.bin"
+    for bad in (b"hello", b"", (tmp_path / "whole.bin").read_bytes()[:-400]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="x.bin holds no weights saved by torch .*peers"):
+            networks.load_vit(path)
+    # Code in a pickle is never run; a list and an empty dict are no networks.
+    for content in ({"a": Path("x")}, [torch.zeros(1)], {}, {"a": 3}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="x.bin holds no weights saved by torch") as error:
+            networks.load_vit(path)
+        assert "\n" not in str(error.value)
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+    for source in (path, tmp_path / "nowhere.bin"):
+        with pytest.raises(ValueError, match=f"{source.name} holds no weights saved by torch"):
+            networks.load_clip(source)
+
+
+def test_a_missing_tensor_is_named():
+    state = timm_state()
+    for name in [*state]:
+        # Without the first gain the file looks like a ViT that has none, and the second is odd.
+        with pytest.raises(ValueError, match="the state dict (is not a plain ViT|holds another)"):
+            networks.load_vit({k: x for k, x in state.items() if k != name})
+    del state["blocks.1.mlp.fc2.bias"]
+    with pytest.raises(ValueError, match="Missing key.*blocks.1.mlp.fc2.bias"):
+        networks.load_vit(state)
+    clip = clip_state()
+    for name in clip.keys() - {"logit_scale"}:
+        with pytest.raises(ValueError, match="the state dict (is no CLIP|is not a|holds another)"):
+            networks.load_clip({k: x for k, x in clip.items() if k != name})
+
+
+OTHERS = """reg_token visual.attn_pool_contrast.query visual.layer1.0.conv1.weight mask_token
+visual.trunk.stages.0.norm1.weight relative_position_bias_table fc_norm.weight attn_pool.latent"""
+
+
+@pytest.mark.parametrize("key", OTHERS.split())
+def test_networks_that_are_something_else_are_refused(key):
+    """Registers, CONCH, ResNets, BEiT, mean pooling: nothing in a file may be left over."""
+    with pytest.raises(ValueError, match="the state dict holds another network .*Unexpected key"):
+        networks.load_vit(timm_state() | {key: torch.zeros(1)})
+    with pytest.raises(ValueError, match="the state dict "):
+        networks.load_clip(timm_state() | {key: torch.zeros(1)})
+    with pytest.raises(ValueError, match="the state dict holds another network .*Unexpected key"):
+        networks.load_clip(clip_state() | {key: torch.zeros(1)})
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    gated = timm_state()
+    gated["blocks.0.mlp.fc1.weight"] = torch.zeros(512, 128)
+    gated["blocks.0.mlp.fc2.weight"] = torch.zeros(128, 256)
+    with pytest.raises(ValueError, match="size mismatch for blocks.0.mlp.fc2.weight"):
+        networks.load_vit(gated)
+    with pytest.raises(ValueError, match="an image of 40 px with a patch stem has no patches"):
+        networks.load_vit(timm_state(), 40)
+    # Five places for patches make no square.
+    with pytest.raises(ValueError, match="size mismatch for pos_embed"):
+        networks.load_vit(timm_state() | {"pos_embed": torch.zeros(1, 6, 128)})
+    with pytest.raises(ValueError, match="not a plain ViT"):
+        networks.load_vit(clip_state())
+    with pytest.raises(ValueError, match="no CLIP in the names of open_clip"):
+        networks.load_clip({"weight": torch.zeros(2)})
+
+
+# --------------------------------------------------------------------------------------------------
+# Public weights in an MRPLIP
+
+TINY_CLIP = dict(size=32, patch=16, width=64, depth=2, heads=1, clip=True)
+TINY_CLIP["stats"] = networks.CLIP_STATS
+
+
+def mrplip(vocab, end, vision):
+    """Build an MRPLIP around the text tower of `clip_state`."""
+    torch.manual_seed(0)
+    text_tower = dict(context=9, width=64, depth=2, heads=1)
+    fusion = dict(width=16, depth=1, heads=2, pool=2)
+    return networks.MRPLIP(vocab, end, vision, text_tower, fusion, 24, (16, 8)).eval()
+
+
+def test_adopting_a_text_tower_leaves_clips_function_alone():
+    model, tower = mrplip(41, 39, TINY_CLIP), networks.load_clip(clip_state())[1]
+    ids = torch.tensor([[38, 5, 6, 39, 0], [38, 40, 6, 39, 40]])
+    networks.adopt_text(model, tower)
+    assert torch.equal(model.text(ids[:1])[1], tower(ids[:1])[1])
+    # Id 40, [mask], is new: it starts as the mean word.
+    words = model.text.token_embedding.weight
+    assert torch.allclose(words[40], words[:40].mean(0), atol=1e-7)
+    assert torch.equal(model.lm_head.weight, words) and model.lm_head.weight is not words
+    with pytest.raises(ValueError, match="the text file holds .*token_embedding.weight"):
+        networks.adopt_text(mrplip(50, 48, TINY_CLIP), tower)
+
+
+def test_adopting_a_vision_tower():
+    images, vit = torch.rand(2, 3, 32, 32), networks.load_clip(clip_state())[0].eval()
+    model = mrplip(41, 39, TINY_CLIP)
+    networks.adopt_vision(model, vit)
+    expected = F.normalize(vit(images)[:, 0] @ vit.proj.T, dim=-1)
+    assert torch.allclose(model.encode_image(images), expected, atol=1e-6)
+    # A tower whose LayerScale was folded in has gains of 1.
+    folded = {k: x for k, x in timm_state(64).items() if not k.endswith("gamma")}
+    plain = dict(size=32, patch=16, width=64, depth=2, heads=1)
+    model = mrplip(41, 39, dict(plain, layer_scale=1e-5))
+    networks.adopt_vision(model, networks.load_vit(folded))
+    assert torch.equal(model.vision.blocks[1].ls2.gamma, torch.ones(64))
+    assert torch.equal(model.vision(images), networks.load_vit(folded).eval()(images))
+    with pytest.raises(ValueError, match="the vision file holds another network"):
+        networks.adopt_vision(mrplip(41, 39, plain), networks.load_vit(timm_state(128)))
+
+
+def test_pixel_statistics_stay_with_the_size():
+    half = ((0.5,) * 3, (0.25,) * 3)
+    assert networks.load_vit(timm_state(64), stats=half).mean.flatten().tolist() == [0.5] * 3
+    shape = dict(size=32, patch=16, width=64, depth=2, heads=2, layer_scale=1.0)
+    model, other = mrplip(41, 39, dict(shape, stats=half)), mrplip(41, 39, shape)
+    # A file does not tell heads and pixel statistics: those of the size stay.
+    networks.adopt_vision(model, networks.load_vit(timm_state(64)))
+    assert model.vision.blocks[0].attn.heads == 2 and model.vision.std.flatten()[0] == 0.25
+    # A checkpoint does.
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.vision.std, model.vision.std)
+
+
+def test_a_run_starts_from_one_clip_file(tmp_path, monkeypatch):
+    words = text.Tokenizer([])
+    clip = clip_state(vocab=words.size - 1)  # all but [mask]
+    torch.save(clip, tmp_path / "clip.pt")
+    tower = dict(context=9, width=64, depth=2, heads=1)
+    rest = dict(fusion=dict(width=16, depth=1, heads=2, pool=2), embed=24, simsiam=(16, 8))
+    small = dict(vision=TINY_CLIP, text=tower, **rest)
+    quick = dict(vision=dict(TINY_CLIP, quick=True), text=dict(tower, quick=True), **rest)
+    monkeypatch.setattr(networks, "SIZES", {"quiltnet": small, "plip": quick})
+    file, images = str(tmp_path / "clip.pt"), torch.rand(2, 3, 32, 32)
+    ids, embedded = words.batch(["mucin", "the mucin"], 9), []
+    for size in ("quiltnet", "plip"):
+        cfg = train.Config(size=size, vision=file, text=file, tokenizer="not read here")
+        model = train.build_model(cfg, words).eval()
+        vit, tower = networks.load_clip(clip, size == "plip")
+        expected = F.normalize(vit.eval()(images)[:, 0] @ vit.proj.T, dim=-1)
+        assert torch.allclose(model.encode_image(images), expected, atol=1e-6)
+        assert torch.equal(model.encode_text(ids), F.normalize(tower(ids)[1], dim=-1))
+        embedded.append(model.encode_text(ids))
+    assert not torch.allclose(*embedded, atol=1e-4)

@@ -1,424 +1,731 @@
-"""pytest tests/test_objective.py — how the losses hang together: ALBEF's arithmetic, the momentum model, what must change nothing, and
-one, two and four processes on the same batch."""
+"""Hold how the losses hang on the networks: term by term, on any number of processes.
+
+    pytest tests/test_objective.py
+
+Also: what must change nothing, precision on a GPU, the batch that train.Batches documents, and a
+seventh loss that a patch of a few lines adds.
+"""
+
+import ast
 import dataclasses
+import importlib
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-import losses
-import model as networks
-import train
-from batches import Batches
-from objective import Objective
 from test_losses import cvta_numpy, itc_numpy
 
+import data
+import losses
+import model as networks
+import text
+import train
+
 ROOT = Path(__file__).resolve().parent.parent
-END, VOCAB = 41, 43  # start 40, end 41, mask 42
+# Start id 40, end 41, [mask] 42.
+END, VOCAB = 41, 43
 
 
 def small(**vision):
-    """A model of a few thousand parameters."""
+    """Build a model of a few thousand parameters."""
     torch.manual_seed(0)
-    return networks.MRPLIP(VOCAB, END, dict(size=32, patch=16, width=32, depth=1, heads=2) | vision, dict(context=12, width=16, depth=1, heads=2),
-                           dict(width=16, depth=2, heads=2, pool=1), 16, (32, 16))
+    vision = dict(size=32, patch=16, width=32, depth=1, heads=2) | vision
+    tower = dict(context=12, width=16, depth=1, heads=2)
+    fusion = dict(width=16, depth=2, heads=2, pool=1)
+    return networks.MRPLIP(VOCAB, END, vision, tower, fusion, 16, (32, 16))
 
 
 def settings(**other):
-    """train.Config of a batch of four bags of 15 nodes, all losses on."""
-    return dataclasses.replace(train.Config(), bags=4, children=2, k_o=3, keywords=7, **other)
+    """Return the Config of a batch of four bags of 15 nodes, all losses on."""
+    sizes = dict(bags=4, children=2, k_o=3, keywords=7)
+    return dataclasses.replace(train.Config(), **(sizes | other))
+
+
+def small_objective(**other):
+    """Build the objective of `small`, whose two temperatures differ."""
+    objective = losses.Objective(small(), settings(**other))
+    with torch.no_grad():
+        objective.model.cvta_scale.fill_(2.0)
+    return objective
 
 
 def a_batch(B=4, N=15, K=7, seed=0):
-    """Patches [B, N, 3, 32, 32] and what goes with them, as batches.Batches makes it: captions of unequal length, invalid nodes, missing
-    keywords, and one keyword in two bags."""
+    """Build a batch as train.Batches and train.to_device do, with patches [B, N, 3, 32, 32].
+
+    Captions have unequal lengths, some nodes are invalid, some keywords padding, and one keyword is
+    in two bags.
+    """
     g = torch.Generator().manual_seed(seed)
-    length = torch.randint(3, 10, (B, N, 1), generator=g)                              # start and end id included
-    at = torch.arange(10)
+    length, at = torch.randint(3, 10, (B, N, 1), generator=g), torch.arange(10)
     ids = torch.randint(0, 40, (B, N, 10), generator=g)
-    ids = torch.where(at == 0, 40, torch.where(at < length - 1, ids, torch.where(at == length - 1, END, 0)))
-    words = torch.randint(0, 40, (B * K, 4), generator=g)
-    words[:, 0], words[:, 3] = 40, END
-    words[-K] = words[1]
+    ids = torch.where(at == 0, 40, ids)
+    ids = torch.where(at == length - 1, END, ids)
+    ids = torch.where(at >= length, 0, ids)
+    # Keyword u is written as u in base 40.
+    u = torch.arange(B * K + 3)
+    keywords = torch.stack([u * 0 + 40, u % 40, u // 40 % 40, u * 0 + END], 1)
+    bag_keywords = torch.arange(B * K).view(B, K)
+    if B > 1:
+        # The first keyword of the last bag is the second of the first bag.
+        bag_keywords[-1] -= 1
+        bag_keywords[-1, 0] = 1
     valid = torch.rand(B, N, generator=g) < 0.8
     valid[:, 0] = True
-    return torch.rand(B, N, 3, 32, 32, generator=g), {
-        "lot_mask": torch.rand(2 * B, 3, 12, generator=g), "lot_prefix": torch.rand(2 * B, generator=g), "lot_negative": torch.rand(2 * B, 2, generator=g),
-        "valid": valid, "ids": ids, "keywords": words, "bag_of": torch.arange(B * K).view(B, K),
-        "word": (words * torch.tensor([1, 41, 1681, 68921])).sum(1).view(B, K),
-        "w_valid": torch.rand(B, K, generator=g) < 0.8, "own": torch.rand(B, N, K, generator=g) < 0.4, "free": torch.rand(B, N, generator=g) < 0.5,
-        "pairs": (torch.arange(B)[:, None] * N + torch.randint(0, N, (B, 2), generator=g)).flatten(), "bag": torch.arange(B) + 5, "alpha": torch.tensor(0.4)}
+    w_valid = torch.rand(B, K, generator=g) < 0.8
+    w_valid[-1, 0] = True
+    sizes = torch.tensor([1, 2, 4, 8])
+    real = torch.zeros(len(keywords), dtype=torch.bool)
+    real[bag_keywords[w_valid]] = True
+    pairs = torch.arange(B)[:, None] * N + torch.randint(0, N, (B, 2), generator=g)
+    return {
+        "patches": torch.rand(B, N, 3, 32, 32, generator=g),
+        "bag": torch.arange(B) + 5,
+        "nodes": data.sample_nodes(B, 2, g),
+        "valid": valid,
+        "weight": valid / sizes.repeat_interleave(sizes),
+        "ids": ids,
+        "caption_rows": pairs.flatten(),
+        "rand_mask": torch.rand(2 * B, 3, 13, generator=g),
+        "rand_prefix": torch.rand(2 * B, generator=g),
+        "rand_negative": torch.rand(2 * B, 2, generator=g),
+        "keywords": keywords,
+        "keyword_real": real,
+        "bag_keywords": bag_keywords,
+        "w_valid": w_valid,
+        "own": (torch.rand(B, N, K, generator=g) < 0.4) & w_valid[:, None],
+        "free": torch.rand(B, N, generator=g) < 0.5,
+    }
 
 
-def fixed_draws(patch=setattr):
-    """MLM's masks and PLM's prefixes as functions of the caption, so that a transcription may be compared row by row."""
-    def corrupt(ids, real, mask_id, special, lot):
-        chosen = real & (ids < 40) & ((ids * 7 + torch.arange(ids.shape[1]) * 5) % 3 == 0)
+def fix_draws(monkeypatch):
+    """Make MLM's masks and PLM's prefixes functions of the caption, to compare row by row."""
+
+    def corrupt(ids, real, mask_id, special, rand):
+        chosen = real & asks(ids)
         return torch.where(chosen, mask_id, ids), torch.where(chosen, ids, -100)
-    patch(losses, "corrupt", corrupt)
-    patch(losses, "split_prefix", lambda real, lot: 1 + real.sum(1) // 3)
+
+    monkeypatch.setattr(losses, "corrupt", corrupt)
+    monkeypatch.setattr(losses, "split_prefix", lambda real, rand: 1 + real.sum(1) // 3)
 
 
-# ---- ALBEF ------------------------------------------------------------------------------------------------------------
-
-def test_albef_agrees_on_the_same_features_queues_and_alpha():
-    """The arithmetic of ALBEF's pre-training step [2], written down again with its errors mended: the soft labels of MLM go over the
-    vocabulary (not over the sequence), and a masked mean of nothing is 0."""
-    torch.manual_seed(0)
-    n, d, Q, tau, alpha, V = 6, 8, 10, 0.07, 0.4, 11
-    image, text, image_m, text_m = (F.normalize(torch.randn(n, d), dim=-1) for _ in range(4))
-    image_queue, text_queue = (F.normalize(torch.randn(d, Q), dim=0) for _ in range(2))
-    # image-text contrast
-    image_all, text_all = torch.cat([image_m.t(), image_queue], 1), torch.cat([text_m.t(), text_queue], 1)
-    sim_targets = torch.zeros(n, n + Q).fill_diagonal_(1)
-    targets_i2t = alpha * F.softmax(image_m @ text_all / tau, 1) + (1 - alpha) * sim_targets
-    targets_t2i = alpha * F.softmax(text_m @ image_all / tau, 1) + (1 - alpha) * sim_targets
-    loss_i2t = -(F.log_softmax(image @ text_all / tau, 1) * targets_i2t).sum(1).mean()
-    loss_t2i = -(F.log_softmax(text @ image_all / tau, 1) * targets_t2i).sum(1).mean()
-    got = losses.itc(image, text, torch.arange(n), tau, torch.ones(n), kin=0, slow=(image_m, text_m), queue=(image_queue.t(), text_queue.t(), torch.arange(Q) + 100), alpha=alpha)
-    assert got.item() == pytest.approx((loss_i2t + loss_t2i).item() / 2, rel=1e-6)
-    # its retrieval variant: every pair with the same id is a positive, all alike
-    ids, queue_ids = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([3, 9, 9, 1, 8, 8, 8, 7, 7, 6])
-    same = (ids[:, None] == torch.cat([ids, queue_ids])[None]).float()
-    sim_targets = same / same.sum(1, keepdim=True)
-    expected = sum(-(F.log_softmax(a @ b / tau, 1) * (alpha * F.softmax(m @ b / tau, 1) + (1 - alpha) * sim_targets)).sum(1).mean() / 2
-                   for a, b, m in ((image, text_all, image_m), (text, image_all, text_m)))
-    got = losses.itc(image, text, ids, tau, torch.ones(n), kin=1, slow=(image_m, text_m), queue=(image_queue.t(), text_queue.t(), queue_ids), alpha=alpha)
-    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
-    # image-text matching: the odds of the negatives, then one positive and two negatives a sample
-    weights = F.softmax(image @ text.t() / tau, 1).fill_diagonal_(0)
-    weights = weights / weights.sum(1, keepdim=True)
-    drawn = torch.zeros(n, n)
-    for seed in range(2000):
-        drawn[torch.arange(n), losses.hard_negatives(image, text, torch.arange(n), tau, torch.ones(n), torch.rand(n, 2, generator=torch.Generator().manual_seed(seed)))[1]] += 1
-    assert (drawn / 2000 - weights).abs().max() < 4 * 0.5 / 2000 ** 0.5
-    logits = torch.randn(3 * n, 2)
-    expected = F.cross_entropy(logits, torch.cat([torch.ones(n), torch.zeros(2 * n)]).long())
-    assert losses.itm(*logits.chunk(3), torch.ones(n)).item() == pytest.approx(expected.item(), rel=1e-6)
-    # masked language modelling with distillation
-    scores, scores_m, labels = torch.randn(n, 5, V), torch.randn(n, 5, V), torch.randint(0, V, (n, 5)).masked_fill(torch.rand(n, 5) < 0.6, -100)
-    hard = F.cross_entropy(scores.view(-1, V), labels.view(-1))
-    soft = -(F.log_softmax(scores, -1) * F.softmax(scores_m, -1)).sum(-1)[labels != -100].mean()
-    assert losses.mlm(scores, labels, scores_m, alpha).item() == pytest.approx(((1 - alpha) * hard + alpha * soft).item(), rel=1e-6)
-    assert losses.mlm(scores, torch.full_like(labels, -100), scores_m, alpha).item() == 0
+def asks(ids):
+    """Choose a third of the words of ids [..., T] by their value and position."""
+    return (ids < 40) & ((ids * 7 + torch.arange(ids.shape[-1]) * 5) % 3 == 0)
 
 
-# ---- the momentum model -----------------------------------------------------------------------------------------------
-
-def test_every_distilled_module_follows_and_nothing_else_is_copied():
-    def copied(**other):
-        slow = Objective(small(), settings(**other)).slow
-        return slow and {name.split(".")[0] for name, _ in slow.named_parameters() if "scale" not in name}
-    every = {name.split(".")[0] for name, _ in small().named_parameters() if "scale" not in name}
-    assert copied(alpha=0.4) == every - {"heads", "itm_head", "fuse_keyword"}
-    assert copied(alpha=0.4, freeze_vision=True) == every - {"heads", "itm_head", "fuse_keyword", "vision"}
-    towers = {"vision", "text", "proj", "kind"}
-    assert copied(queue=8) == copied(cvta_select="ema") == towers
-    assert copied() is None and copied(alpha=0.4, itc=0.0, mlm=0.0, plm=0.0) is None and copied(queue=8, itc=0.0) is None
-    assert copied(cvta_select="ema", cvta=0.0, mrtva=0.0) is None
-
-    objective = Objective(small(), settings(alpha=0.4, half_life=8))
-    before = {k: p.clone() for k, p in objective.slow.named_parameters()}
-    with torch.no_grad():
-        for p in objective.model.parameters():
-            p += 1
-    objective.follow()  # 4 bags, half-life 8
-    for k, p in objective.slow.named_parameters():
-        assert torch.allclose(p, before[k] + 1 - 0.5 ** 0.5, atol=1e-6), k
-    objective.follow()  # 8 bags: half the way, in whatever steps
-    assert all(torch.allclose(p, before[k] + 0.5, atol=1e-6) for k, p in objective.slow.named_parameters())
+# --------------------------------------------------------------------------------------------------
+# The whole, written down a second time: the networks one row at a time, the losses in NumPy
 
 
-def test_alpha_and_queue_cost_nothing_when_0():
-    patches, batch = a_batch()
-    plain, cfg = Objective(small(), settings()), settings()
-    assert set(plain.state_dict()) == {f"model.{k}" for k in plain.model.state_dict()} and plain.memory() == {}
-    def flops(objective):
-        with FlopCounterMode(display=False) as count:
-            sum(objective(batch | {"pixels": patches})[0].values()).backward()
-        return count.get_total_flops()
-    spent = {name: flops(Objective(small(), settings(**other))) for name, other in
-             dict(plain={}, queue=dict(queue=8), alpha=dict(alpha=0.4), ema=dict(cvta_select="ema")).items()}
-    assert cfg.alpha == cfg.queue == 0 and spent["plain"] < spent["queue"] < spent["alpha"] and spent["plain"] < spent["ema"] < spent["alpha"]
+def array(x):
+    """Turn a tensor into NumPy, in double precision where it holds numbers."""
+    x = x.detach()
+    return (x.double() if x.is_floating_point() else x).numpy()
 
 
-@pytest.mark.parametrize("other", [{}, dict(freeze_vision=True), dict(alpha=0.4, queue=8), dict(cvta_select="ema"), dict(mrtva=0.0), dict(itm=0.0, plm=0.0, cvta=0.0)])
-def test_flops_of_a_step_are_what_torch_counts(other):
-    patches, batch = a_batch()
-    objective = Objective(small(), settings(**other))
-    if other.get("freeze_vision"):
-        objective.model.vision.requires_grad_(False)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:        # the fused kernel's products are not counted
-        sum(objective(batch | {"pixels": patches})[0].values()).backward()
-    assert objective.flops(batch | {"pixels": patches}) == pytest.approx(count.get_total_flops(), rel=0.06)   # the losses' own products, z of the monitors
-    cached = batch | {"tokens": patches}
-    vision, pixels = (60 * objective.model.flops()[k] for k in ("vision", "pixels"))
-    assert objective.flops(batch | {"pixels": patches}) - objective.flops(cached) == (vision if other.get("freeze_vision") else vision * (3 + (objective.slow is not None)) - pixels)
+def fuse_row(model, image, caption, prefix=None):
+    """Run the fusion on one image [V, D] and one caption [T] without padding -> [T, D]."""
+    seen = torch.ones(1, len(caption), dtype=torch.bool)
+    return model.fuse_with_text(image[None], model.text(caption[None])[0], seen, prefix)[0]
 
 
-def test_nothing_reaches_a_stopped_target():
-    patches, batch = a_batch()
-    objective = Objective(small(), settings(alpha=0.4, queue=50, cvta_select="ema"))
-    for _ in range(2):  # the second time with a filled queue
-        parts, _ = objective(batch | {"pixels": patches})
-        sum(parts.values()).backward()
-    assert all(p.grad is None for p in objective.slow.parameters()) and all(p.grad is not None for p in objective.model.parameters())
-    assert not objective.queue_v.requires_grad and (objective.queue_bag >= 0).sum() > 30
-    # MRTVA's target: the gradient is that of the prediction alone, half of what both sides would give
-    x = torch.randn(4, 15, 16, requires_grad=True)
-    ok = torch.ones(4, 15, dtype=torch.bool)
-    stopped, = torch.autograd.grad(losses.mrtva(x, x.detach(), ok, 2), x)
-    through, = torch.autograd.grad(losses.mrtva(x, x, ok, 2), x)
-    assert torch.allclose(2 * stopped, through, atol=1e-7) and stopped.abs().sum() > 0
+def expected_itm(model, image, rows, captions, valid):
+    """Average the log-likelihood of the pairs; wrong ones stand 2 and 3 rows away."""
+    terms = []
+    for k in range(8):
+        cases = ((k, k, 1), (k - 2, k, 0), (k, k - 3, 0))
+        for picture, caption, match in cases:
+            if valid[rows[k]]:
+                fused = fuse_row(model, image[rows[picture % 8]], captions[caption % 8])
+                terms.append(-model.itm_head(fused[-1]).log_softmax(0)[match].item())
+    return sum(terms) / len(terms)
 
 
-def test_the_queue_holds_the_last_valid_patches_and_their_kin():
-    objective, seen = Objective(small(), settings(queue=100)), []
-    for step in range(3):
-        patches, batch = a_batch(seed=step)
-        batch["bag"] = batch["bag"] + 10 * step
-        _, monitor = objective(batch | {"pixels": patches})
-        seen.append(batch["bag"][:, None].expand(4, 15)[batch["valid"]])
-    seen = torch.cat(seen)
-    filled = objective.queue_bag >= 0
-    assert sorted(objective.queue_bag[filled].tolist()) == sorted(seen.tolist()[-100:]) and monitor["queue"] == 1
-    assert torch.allclose(objective.queue_v[filled].norm(dim=1), torch.ones(int(filled.sum())), atol=1e-5)
+def expected_words(model, image, rows, captions, valid):
+    """Average MLM's and PLM's cross-entropies, token by token."""
+    masked_terms, next_terms = [], []
+    for row, caption in zip(rows.tolist(), captions, strict=True):
+        if not valid[row]:
+            continue
+        masked = torch.where(asks(caption), 42, caption)
+        log_p = model.lm_logits(fuse_row(model, image[row], masked)).log_softmax(-1)
+        for i in asks(caption).nonzero()[:, 0]:
+            masked_terms.append(-log_p[i, caption[i]].item())
+        # A token is predicted from the ones before it, whatever the mask.
+        known = torch.tensor([1 + len(caption) // 3])
+        for i in range(int(known), len(caption)):
+            log_p = model.lm_logits(fuse_row(model, image[row], caption[:i], known)[-1])
+            next_terms.append(-log_p.log_softmax(-1)[caption[i]].item())
+    return sum(masked_terms) / len(masked_terms), sum(next_terms) / len(next_terms)
 
 
-# ---- the whole, written down a second time -----------------------------------------------------------------------------
-
-def test_the_objective_term_by_term(monkeypatch):
-    """Two steps (the second with a queue of the first) of a model and a momentum model that differ, against the networks called one by one and
-    the losses' transcriptions in NumPy; and MRTVA's gradient, which must not see the target."""
-    fixed_draws(monkeypatch.setattr)
-    monkeypatch.setattr(losses, "hard_negatives", lambda v, t, bag, tau, valid, lot: (torch.arange(len(bag)).roll(2), torch.arange(len(bag)).roll(3), valid))
-    cfg = settings(alpha=0.4, queue=40, kin=0.3, cvta_negatives="bag", mrtva_pairs="edges")
-    objective = Objective(small(), cfg)
-    with torch.no_grad():
-        for p in objective.model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        objective.model.cvta_scale.copy_(torch.tensor(2.0))  # ITC's and CVTA's temperatures differ
-    m, s, a = objective.model, objective.slow, 0.4
-    array, mean = (lambda x: x.detach().double().numpy()), (lambda xs: sum(xs) / len(xs))
-    old = ([], [], [])
-    for step in range(2):
-        patches, b = a_batch(seed=step)
-        b["bag"], valid, ids, row = b["bag"] + step, b["valid"].flatten(), b["ids"].flatten(0, 1), b["pairs"]  # bags 6, 7, 8 come again
-        got, monitor = objective(b | {"pixels": patches})
-        bag, level = b["bag"].repeat_interleave(15), torch.tensor([1.0] + [0.5] * 2 + [0.25] * 4 + [0.125] * 8)
-        weight = (b["valid"] * level).flatten()
-        images = patches.flatten(0, 1)
-        v, t, slow_v, slow_t = m.encode_image(images), m.encode_text(ids), s.project(s.see(images)), F.normalize(s.text(ids)[1], dim=-1)
-        tau, tau_cvta = (-m.itc_scale).exp().item(), (-m.cvta_scale).exp().item()
-        queue = [array(torch.stack(x[-40:])) for x in old] if step else None
-        expected = {"itc": itc_numpy(array(v), array(t), bag.numpy(), tau, array(weight), 0.3, (array(slow_v), array(slow_t)), queue, a)}
-        for slots, rows in zip(old, (slow_v, slow_t, bag)):
-            slots += list(rows[valid].detach())
-        # what the fusion reads: one row at a time, no padding
-        visual, slow_visual = m.visual_tokens(m.see(images)), s.visual_tokens(s.see(images))
-
-        def fused(net, image, caption, prefix=None):
-            seen = torch.ones(1, len(caption), dtype=torch.bool)
-            return net.fuse_with_text(image[None], net.text(caption[None])[0], seen, prefix)[0]
-        trimmed = [ids[r][: int((ids[r] == END).nonzero()[0]) + 1] for r in row]
-        logp = lambda image, caption, match: -m.itm_head(fused(m, visual[image], caption)[-1]).log_softmax(0)[match].item()
-        terms = [logp(row[k], trimmed[k], 1) for k in range(8) if valid[row[k]]]
-        terms += [logp(row[(k - 2) % 8], trimmed[k], 0) for k in range(8) if valid[row[k]]]
-        terms += [logp(row[k], trimmed[(k - 3) % 8], 0) for k in range(8) if valid[row[k]]]
-        expected["itm"] = mean(terms)
-        soft = lambda x, y, label: -((1 - a) * x.log_softmax(-1)[label] + a * (y.softmax(-1) * x.log_softmax(-1)).sum()).item()
-        hidden, guessed = [], []
-        for k in range(8):
-            if valid[row[k]]:
-                caption, T = trimmed[k], len(trimmed[k])
-                asked = (caption < 40) & ((caption * 7 + torch.arange(T) * 5) % 3 == 0)
-                masked = torch.where(asked, 42, caption)
-                x, y = m.lm_logits(fused(m, visual[row[k]], masked)), s.lm_logits(fused(s, slow_visual[row[k]], masked))
-                hidden += [soft(x[i], y[i], caption[i]) for i in range(T) if asked[i]]
-                for i in range(1 + T // 3, T):  # a token is predicted by the one before it from nothing that follows, whatever the mask
-                    known = torch.tensor([1 + T // 3])
-                    x, y = (net.lm_logits(fused(net, picture[row[k]], caption[:i], known))[-1] for net, picture in ((m, visual), (s, slow_visual)))
-                    guessed.append(soft(x, y, caption[i]))
-        expected["mlm"], expected["plm"] = mean(hidden), mean(guessed)
-        w = m.encode_text(b["keywords"])[b["bag_of"]]
-        allowed = b["own"] | b["free"][:, :, None]
-        expected["cvta"] = cvta_numpy(array(v.view(4, 15, -1)), array(w), 3, tau_cvta, array(weight.view(4, 15)), b["w_valid"].numpy(), allowed.numpy(), losses.NEAR,
-                                       bound=(b["own"] & ~b["free"][:, :, None]).numpy())
-        z = []
-        for i in range(60):
-            bag_no, cos = i // 15, w[i // 15] @ v[i]
-            best = [k for k in cos.argsort(descending=True, stable=True).tolist() if b["w_valid"][bag_no, k] and allowed[bag_no, i % 15, k]][:3]
-            z.append(m.fuse_with_keywords(visual[i][None], w[bag_no, best][None], torch.ones(1, len(best), dtype=torch.bool))[0])
-        h, g = m.heads(torch.stack(z), valid)
-        own = F.normalize(h, dim=-1), F.normalize(g.detach(), dim=-1)  # the stop-gradient
-        pairs = {}
-        for i in range(60):
-            child, parent = i % 15, i - i % 15 + (i % 15 - 1) // 2
-            if child and valid[i] and valid[parent]:
-                pairs.setdefault((child + 1).bit_length(), []).append(-(own[0][parent] @ own[1][i] + own[0][i] @ own[1][parent]) / 2)
-        mrtva = mean([mean(x) for x in pairs.values()])
-        expected["mrtva"] = mrtva.item()
-        assert {k: x.item() for k, x in got.items()} == pytest.approx(expected, rel=2e-5, abs=1e-5)
-        for p in (m.heads.project[0].weight, m.heads.predict.weight, m.fuse_keyword.weight):
-            mine, = torch.autograd.grad(got["mrtva"], p, retain_graph=True)
-            theirs, = torch.autograd.grad(mrtva, p, retain_graph=True)
-            assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
-        assert 0 <= monitor["blind"] < 1
+def expected_mrtva(objective, b, v, w, image):
+    """Compute MRTVA with loops, as a tensor that carries the gradient of the predictions only."""
+    model, valid, allowed = objective.model, b["valid"].flatten(), b["own"] | b["free"][..., None]
+    z = []
+    for i in range(60):
+        bag, node = divmod(i, 15)
+        order = (w[bag] @ v[i]).argsort(descending=True, stable=True).tolist()
+        best = [k for k in order if b["w_valid"][bag, k] and allowed[bag, node, k]][:3]
+        ones = torch.ones(1, len(best), dtype=torch.bool)
+        z.append(model.fuse_with_keywords(image[i][None], w[bag, best][None], ones)[0])
+    h, g = objective.heads(torch.stack(z), valid)
+    h, g = F.normalize(h, dim=-1), F.normalize(g.detach(), dim=-1)
+    groups = {}
+    for i in range(60):
+        child, parent = i % 15, i - i % 15 + (i % 15 - 1) // 2
+        if child and valid[i] and valid[parent]:
+            agreement = (h[parent] @ g[i] + h[i] @ g[parent]) / 2
+            groups.setdefault((child + 1).bit_length(), []).append(-agreement)
+    return sum(torch.stack(x).mean() for x in groups.values()) / len(groups)
 
 
-# ---- what must change nothing -----------------------------------------------------------------------------------------
-
-def values(batch_and_patches, cfg=None, **other):
-    patches, batch = batch_and_patches
-    parts, _ = Objective(small(), cfg or settings(alpha=0.4, queue=50, itm=0.0, **other))(batch | {"pixels": patches})  # ITM draws by position
-    return {k: x.item() for k, x in parts.items()}
-
-
-@pytest.mark.parametrize("select", ["cosine", "ema", "own"])
 @pytest.mark.parametrize("negatives", ["bag", "batch"])
-def test_padding_and_order_change_nothing(monkeypatch, select, negatives):
-    fixed_draws(monkeypatch.setattr)
-    same = dict(cvta_select=select, cvta_negatives=negatives, mrtva_pairs="ancestors")
-    patches, batch = a_batch()
-    expected = values((patches, batch), **same)
-    close = lambda patches, batch: values((patches, batch), **same) == pytest.approx(expected, rel=2e-5, abs=2e-6)
-    # what an invalid node shows and says
-    noise, out = torch.rand_like(patches), ~batch["valid"]
-    ids = batch["ids"].clone()
+def test_the_objective_term_by_term(monkeypatch, negatives):
+    fix_draws(monkeypatch)
+
+    def shifted(v, t, bag, tau, valid, rand):
+        return torch.arange(len(bag)).roll(2), torch.arange(len(bag)).roll(3), valid
+
+    monkeypatch.setattr(losses, "hard_negatives", shifted)
+    objective, b = small_objective(kin=0.3, negatives=negatives), a_batch()
+    model, valid, ids = objective.model, b["valid"].flatten(), b["ids"].flatten(0, 1)
+    got, _ = objective(b)
+    images, bag = b["patches"].flatten(0, 1), b["bag"].repeat_interleave(15)
+    v, t, w = model.encode_image(images), model.encode_text(ids), model.encode_text(b["keywords"])
+    w = w[b["bag_keywords"]]
+    tau, tau_cvta = (-model.itc_scale).exp().item(), (-model.cvta_scale).exp().item()
+    # A node weighs 1 / the nodes of its magnification.
+    weight = torch.tensor([1.0] + [0.5] * 2 + [0.25] * 4 + [0.125] * 8) * b["valid"]
+    expected = {"itc": itc_numpy(array(v), array(t), array(bag), tau, array(weight.flatten()), 0.3)}
+
+    # The caption losses read their rows without padding.
+    image, rows = model.to_fusion(model.vision_tokens(images)), b["caption_rows"]
+    captions = [ids[r][: int((ids[r] == END).nonzero()[0]) + 1] for r in rows]
+    expected["itm"] = expected_itm(model, image, rows, captions, valid)
+    expected["mlm"], expected["plm"] = expected_words(model, image, rows, captions, valid)
+
+    allowed, spared = b["own"] | b["free"][..., None], b["own"] & ~b["free"][..., None]
+    args = [array(x) for x in (weight, b["w_valid"], allowed, spared)]
+    args = [array(v.view(4, 15, -1)), array(w), 3, tau_cvta, *args, objective.cfg.near]
+    word = array(b["bag_keywords"]) if negatives == "batch" else None
+    expected["cvta"] = cvta_numpy(*args, word)
+    mrtva = expected_mrtva(objective, b, v, w, image)
+    expected["mrtva"] = mrtva.item()
+    values = {name: x.item() for name, x in got.items()}
+    assert values == pytest.approx(expected, rel=2e-5, abs=1e-5)
+    assert list(values) == list(train.LOSSES)
+    # The gradient of MRTVA does not see the target.
+    heads = objective.heads
+    for p in (heads.project[0].weight, heads.predict.weight, model.fuse_keyword.weight):
+        (mine,) = torch.autograd.grad(got["mrtva"], p, retain_graph=True)
+        (theirs,) = torch.autograd.grad(mrtva, p, retain_graph=True)
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_of_weight_zero_is_not_computed(monkeypatch):
+    batch = a_batch()
+    everything, seen = small_objective()(batch)
+    assert seen.keys() == {"tau", "std", "own", "chance"}
+    assert not any(x.requires_grad for x in seen.values())
+    for name in train.LOSSES:
+        with monkeypatch.context() as patch:
+            # plm calls mlm, so watch its masks.
+            watched = "corrupt" if name == "mlm" else name
+            patch.setattr(losses, watched, lambda *_: pytest.fail("nobody asked for this loss"))
+            parts, seen = small_objective(**{name: 0.0})(batch)
+        rest = {k: x.item() for k, x in everything.items() if k != name}
+        assert {k: x.item() for k, x in parts.items()} == rest
+        assert ("std" in seen) == (name != "mrtva")
+    # Without the losses that read captions or keywords the fusion is not run.
+    only = dict(itm=0.0, mlm=0.0, plm=0.0, mrtva=0.0)
+    objective = small_objective(**only)
+    monkeypatch.setattr(objective.model, "fuse", lambda *_: pytest.fail("nobody reads this"))
+    assert objective(batch)[0].keys() == {"itc", "cvta"}
+
+
+def test_every_parameter_learns():
+    objective = small_objective()
+    sum(objective(a_batch())[0].values()).backward()
+    still = [name for name, p in objective.named_parameters() if p.grad is None]
+    # The first layer of the text tower reads all ids; nothing stands still.
+    assert not still
+
+
+def test_features_of_a_frozen_tower_stand_for_its_pixels():
+    objective, batch = small_objective(freeze_vision=True), a_batch()
+    train.freeze(objective.model.vision, "cpu")
+    assert not objective.train().model.vision.training and objective.model.fusion.training
+    with torch.no_grad():
+        tokens = objective.model.vision_tokens(batch["patches"].flatten(0, 1))
+    cached = {k: x for k, x in batch.items() if k != "patches"}
+    cached["tokens"] = tokens.view(4, 15, *tokens.shape[1:])
+    (parts, _), (same, _) = objective(batch), objective(cached)
+    assert {k: x.item() for k, x in parts.items()} == {k: x.item() for k, x in same.items()}
+    sum(parts.values()).backward()
+    assert all(p.grad is None for p in objective.model.vision.parameters())
+    assert objective.model.proj.weight.grad is not None
+
+
+# --------------------------------------------------------------------------------------------------
+# What must change nothing
+
+
+def values_of(batch, **other):
+    """Return all losses but ITM, whose negatives are drawn by position."""
+    parts, _ = small_objective(itm=0.0, **other)(batch)
+    return {name: x.item() for name, x in parts.items()}
+
+
+def without_a_valid_node(batch):
+    """Append a bag that has captions and no tissue; the table of keywords is left alone."""
+    extra, out = a_batch(B=1, seed=9), dict(batch)
+    extra["valid"] = extra["valid"] & False
+    extra["weight"] = extra["weight"] * 0
+    extra["bag_keywords"], extra["bag"] = batch["bag_keywords"][:1], torch.tensor([99])
+    for name in per_bag(batch):
+        out[name] = torch.cat([batch[name], extra[name]])
+    return out
+
+
+def per_bag(batch):
+    """List what a batch holds a row a bag of."""
+    names = "patches bag nodes valid weight ids bag_keywords w_valid own free".split()
+    return [name for name in names if name in batch]
+
+
+@pytest.mark.parametrize("negatives", ["bag", "batch"])
+def test_padding_and_order_change_nothing(monkeypatch, negatives):
+    fix_draws(monkeypatch)
+    batch = a_batch()
+    expected = pytest.approx(values_of(batch, negatives=negatives), rel=2e-5, abs=2e-6)
+
+    def same(**changed):
+        return values_of(batch | changed, negatives=negatives) == expected
+
+    # What an invalid node shows and says.
+    out, ids = ~batch["valid"], batch["ids"].clone()
     ids[out] = ids[0, 0].clone()
-    assert close(torch.where(out[..., None, None, None], noise, patches), batch | {"ids": ids})
-    # tokens and keywords that only fill up
-    blank = torch.tensor([40, END, 0, 0])
-    assert close(patches, batch | {"ids": F.pad(batch["ids"], (0, 2)), "keywords": torch.cat([batch["keywords"], blank.repeat(5, 1)]),
-                                   "bag_of": F.pad(batch["bag_of"], (0, 2)), "word": F.pad(batch["word"], (0, 2)),
-                                   "w_valid": F.pad(batch["w_valid"], (0, 2)), "own": F.pad(batch["own"], (0, 2), value=True)})
-    # the order of a bag's keywords, and of the bags
-    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
-    assert close(patches, batch | {k: batch[k][..., order] for k in ("bag_of", "word", "w_valid", "own")})
-    turned = torch.tensor([2, 0, 3, 1])
-    back = torch.argsort(turned)
-    assert close(patches[turned], batch | {k: batch[k][turned] for k in ("valid", "ids", "bag_of", "word", "w_valid", "own", "free", "bag")}
-                 | {"pairs": back[batch["pairs"] // 15] * 15 + batch["pairs"] % 15})
-    # a bag without a valid node; it has keywords, which only "batch" would contrast with
-    more, extra = a_batch(B=1, seed=9)
-    assert close(torch.cat([patches, more]), {k: torch.cat([batch[k], extra[k]]) for k in ("ids", "own", "free")} | {
-        "valid": torch.cat([batch["valid"], extra["valid"] & False]), "w_valid": torch.cat([batch["w_valid"], extra["w_valid"] & (negatives == "bag")]),
-        "keywords": torch.cat([batch["keywords"], extra["keywords"]]), "bag_of": torch.cat([batch["bag_of"], extra["bag_of"] + 28]),
-        "word": torch.cat([batch["word"], extra["word"]]), "bag": torch.cat([batch["bag"], torch.tensor([99])]), "pairs": batch["pairs"], "alpha": batch["alpha"], **{k: batch[k] for k in batch if k.startswith("lot")}})
+    noise = torch.rand_like(batch["patches"])
+    assert same(patches=torch.where(out[..., None, None, None], noise, batch["patches"]), ids=ids)
+    # Tokens and keywords that only fill up.
+    blank = torch.tensor([40, END, 0, 0]).repeat(5, 1)
+    more = {"ids": F.pad(batch["ids"], (0, 2)), "own": F.pad(batch["own"], (0, 2), value=True)}
+    more["keywords"] = torch.cat([batch["keywords"], blank])
+    more["keyword_real"] = F.pad(batch["keyword_real"], (0, 5))
+    for name in ("bag_keywords", "w_valid"):
+        more[name] = F.pad(batch[name], (0, 2))
+    assert same(**more)
+    # The order of a bag's keywords, and of the table.
+    g = torch.Generator().manual_seed(1)
+    order, table = torch.randperm(7, generator=g), torch.randperm(31, generator=g)
+    turned = {name: batch[name][..., order] for name in ("bag_keywords", "w_valid", "own")}
+    turned["bag_keywords"] = torch.argsort(table)[turned["bag_keywords"]]
+    for name in ("keywords", "keyword_real"):
+        turned[name] = batch[name][table]
+    assert same(**turned)
+    # The order of the bags.
+    order = torch.tensor([2, 0, 3, 1])
+    turned = {name: batch[name][order] for name in per_bag(batch)}
+    bag, node = batch["caption_rows"] // 15, batch["caption_rows"] % 15
+    assert same(caption_rows=torch.argsort(order)[bag] * 15 + node, **turned)
+    assert same(**without_a_valid_node(batch))
 
 
 def test_one_bag_and_no_keywords_still_train():
-    patches, batch = a_batch(B=1)
-    for other in ({}, {"w_valid": batch["w_valid"] & False}, {"valid": batch["valid"] & False}):
-        for pairs in losses.PAIRS:
-            objective = Objective(small(), settings(alpha=0.4, queue=7, mrtva_pairs=pairs))
-            parts, monitor = objective(batch | other | {"pixels": patches})
-            sum(parts.values()).backward()
-            assert all(x.isfinite() for x in (*parts.values(), *monitor.values())), (other, pairs)
-            assert all(p.grad is None or p.grad.isfinite().all() for p in objective.model.parameters())
-            assert parts["itm"].item() == 0 and (parts["cvta"].item() == 0) == ("w_valid" in other or "valid" in other)
-
-
-def test_nodes_hand_over_one_by_one():
-    batches = Batches.__new__(Batches)
-    batches.cfg = train.Config(steps=100, warm=0.6, hand=0.2)
-    assert [round(batches._passed(step), 6) for step in (0, 59, 60, 65, 70, 80, 99)] == [0, 0, 0, 0.25, 0.5, 1, 1]
-    batches.cfg = dataclasses.replace(batches.cfg, hand=0.0)
-    assert [batches._passed(step) for step in (59, 60, 61)] == [0, 0, 1]
-    batches.cfg = dataclasses.replace(batches.cfg, cvta_select="own")
-    assert batches._passed(99) == 0
-
-
-# ---- many processes ---------------------------------------------------------------------------------------------------
-
-MANY = """
-import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, torch.distributed as dist
-import losses, test_objective as t
-from objective import Objective
-torch.set_num_threads(1)
-out, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-dist.init_process_group("gloo", init_method="file://" + out + "/group" + str(world), rank=rank, world_size=world)
-for name, other in t.VARIANTS.items():
-    objective = Objective(t.small(stem="conv").double(), t.settings(alpha=0.4, queue=97, **other))
-    ddp = torch.nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
-    optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.05)
-    seen, n = [], 4 // world
-    for step in range(3):
-        patches, batch = t.a_batch(seed=step)
-        mine = slice(rank * n, (rank + 1) * n)
-        part = {{k: x[mine] for k, x in batch.items() if k not in ("alpha", "pairs") and k[:3] != "lot"}} | {{"alpha": batch["alpha"]}}
-        part["keywords"], part["bag_of"] = batch["keywords"][part["bag_of"]].flatten(0, 1), torch.arange(n * 7).view(n, 7)
-        part |= {{k: x[2 * rank * n : 2 * (rank + 1) * n] for k, x in batch.items() if k[:3] == "lot"}}
-        part["pairs"] = batch["pairs"][2 * rank * n : 2 * (rank + 1) * n] - 15 * rank * n
-        parts, _ = ddp(part | {{"pixels": patches[mine].double()}})  # double, so that what differs is not rounding
-        optimizer.zero_grad()
+    batch = a_batch(B=1)
+    nothing = {"w_valid": batch["w_valid"] & False, "own": batch["own"] & False}
+    no_tissue = {"valid": batch["valid"] & False, "weight": batch["weight"] * 0}
+    for other in ({}, nothing, no_tissue):
+        objective = small_objective()
+        parts, seen = objective(batch | other)
         sum(parts.values()).backward()
-        mean = losses.all_mean(torch.stack([x.detach() for x in parts.values()]))
-        seen.append((dict(zip(parts, mean.tolist())), {{k: p.grad.clone() for k, p in objective.model.named_parameters() if p.grad is not None}}))
-        optimizer.step()
-        objective.follow()
-    memory = {{k: x for k, x in objective.state_dict().items() if x.is_floating_point() or "queue" in k}}
-    every = losses.gather(torch.cat([x.double().flatten() for x in memory.values()])[None])
-    assert (every == every[0]).all(), "ranks differ"
-    if rank == 0:
-        torch.save((seen, memory), out + f"/{{name}}-{{world}}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
+        assert all(x.isfinite() for x in (*parts.values(), *seen.values()))
+        for p in objective.parameters():
+            assert p.grad is None or p.grad.isfinite().all()
+        assert parts["itm"].item() == 0 and (parts["cvta"].item() == 0) == bool(other)
+
+
+# --------------------------------------------------------------------------------------------------
+# Precision on a GPU, played by autocast on the CPU
+
+
+def test_a_frozen_tower_keeps_its_residual_stream_in_fp32():
+    objective = small_objective(freeze_vision=True)
+    vision = objective.model.vision
+    exact = vision(a_batch()["patches"][0])
+    train.freeze(vision, "cuda")
+    # Matrices are cast once; class token, positions and norms are not.
+    for name, p in vision.named_parameters():
+        matrix = any(part in name for part in ("patch_embed", "qkv", "proj", "fc1", "fc2"))
+        assert p.dtype == (torch.bfloat16 if matrix else torch.float32), name
+        assert not p.requires_grad
+    streams = []
+    for block in vision.blocks:
+        block.register_forward_hook(lambda module, args, out: streams.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = vision(a_batch()["patches"][0])
+    assert set(streams) == {torch.float32} and tokens.dtype == torch.float32
+    assert (tokens - exact).norm() < 0.01 * exact.norm()
+
+
+def test_augmentation_is_exact_under_autocast():
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "pixels": torch.randint(0, 256, (2, 3, 128, 128), generator=g).to(torch.uint8),
+        "nodes": data.sample_nodes(2, 4, g),
+        "flips": torch.tensor([3, 6]),
+        "stain": torch.rand(2, 2, 3, generator=g),
+        "window": torch.tensor([[0.7, 0.1, 0.2], [0.9, 0.0, 0.1]]),
+    }
+    exact = data.augment(batch, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(data.augment(batch, 0.2), exact)
+    assert exact.dtype == torch.float32
+
+
+def test_losses_under_autocast_are_close_and_fp32():
+    objective, batch = small_objective(), a_batch()
+    exact, _ = objective(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts, seen = objective(batch)
+    for name, x in (parts | seen).items():
+        assert x.dtype == torch.float32, name
+    for name, x in parts.items():
+        assert x.item() == pytest.approx(exact[name].item(), abs=0.05), name
+
+
+# --------------------------------------------------------------------------------------------------
+# The batch that train.Batches documents
+
+
+class ToyBags:
+    """Stand in for data.Bags: six bags of patches of 32 px."""
+
+    S = 32
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        self.keys = [f"slide-{i:02d}" for i in range(6)]
+        self.valid = torch.rand(6, data.NODES, generator=g) < 0.8
+        self.images = torch.randint(0, 256, (6, 3, 256, 256), generator=g).to(torch.uint8)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return {"image": self.images[i], "valid": self.valid[i]}
+
+
+def toy_batches(**other):
+    """Build train.Batches of ToyBags with captions of few words."""
+    words = "mucin,large nuclei,spindle cells,necrosis,sheets of lymphocytes".split(",")
+    captions = {}
+    for i, key in enumerate(ToyBags().keys):
+        said = [f"there are {words[(i + n) % 5]} and {words[(i * n) % 4]}." for n in range(85)]
+        captions[key] = said
+    tokenizer = text.Tokenizer.train(words * 3, 530)
+    corpus = text.count_corpus(captions["slide-00"])
+    cfg = settings(zoom=0.1, jitter=0.2, pairs=2.0, **other)
+    return train.Batches(ToyBags(), captions, tokenizer, corpus, cfg, 24)
+
+
+KINDS = {"uint8": torch.uint8, "float16": torch.float16, "bool": torch.bool}
+
+
+def documented():
+    """Read the table in the docstring of train.Batches -> {name: (dimensions, type or "")}."""
+    pattern = r"(\w+)\s+\[([^\]]+)\](?: (uint8|float16|bool)\b)?"
+    found = re.findall(pattern, train.Batches.__doc__)
+    return {name: (dims.split(", "), kind) for name, dims, kind in found}
+
+
+def check_documented(batch, sizes):
+    """Compare the shapes and types of a batch with the docstring; sizes: letter -> number."""
+    table = documented()
+    for name, x in batch.items():
+        dims, kind = table[name]
+        # Captions and keywords have each their own number of tokens T.
+        letters = sizes | {"T": x.shape[-1]}
+        shape = [eval(dim.replace("8S", "8 * S"), {}, letters) for dim in dims]
+        assert list(x.shape) == shape, name
+        assert not kind or x.dtype == KINDS[kind], name
+
+
+def test_the_docstring_of_batches_is_true():
+    batches = toy_batches()
+    real = batches[0]
+    sizes = dict(B=4, N=15, M=8, K=7, S=32, context=24, U=len(real["keywords"]))
+    check_documented(real, sizes)
+    assert not documented().keys() - real.keys() - {"tokens", "patches"}
+    # The batch of these tests is one of them.
+    toy = a_batch()
+    check_documented(toy, sizes | dict(context=12, U=len(toy["keywords"])))
+    assert toy.keys() == (real.keys() | {"patches"}) - {"pixels", "flips", "stain", "window"}
+    for name in toy.keys() - {"patches"}:
+        assert toy[name].dtype == real[name].dtype, name
+    share = torch.tensor([1.0] + [1 / 2] * 2 + [1 / 4] * 4 + [1 / 8] * 8)
+    for batch in (real, toy):
+        assert torch.equal(batch["weight"], share * batch["valid"])
+    # What the loader promises: each keyword once, and none that is not real.
+    for batch in (real, toy):
+        used = batch["bag_keywords"][batch["w_valid"]]
+        assert batch["keyword_real"][used].all()
+        distinct = batch["keywords"][batch["keyword_real"]]
+        assert len(distinct.unique(dim=0)) == len(distinct)
+        assert not (batch["own"] & ~batch["w_valid"][:, None]).any()
+
+
+def test_a_batch_of_the_loader_goes_through_the_objective():
+    batches = toy_batches()
+    batch = train.to_device(batches[0], batches.cfg, "cpu")
+    assert batch["patches"].shape == (4, 15, 3, 32, 32)
+    tokenizer = batches.tokenizer
+    model = small()
+    torch.manual_seed(0)
+    model.text = networks.TextTower(tokenizer.size, tokenizer.end, 24, 16, 1, 2, 16)
+    model.lm_head = nn.Linear(16, tokenizer.size)
+    parts, seen = losses.Objective(model, batches.cfg)(batch)
+    assert list(parts) == list(train.LOSSES)
+    assert all(x.isfinite() for x in (*parts.values(), *seen.values()))
+
+
+@pytest.mark.parametrize("name", ["flips", "stain", "window"])
+def test_each_draw_of_the_augmentation_is_used(name):
+    batches = toy_batches()
+    batch = batches[0]
+    fewer = {k: x for k, x in batch.items() if k != name}
+    patches = train.to_device(batch, batches.cfg, "cpu")["patches"]
+    assert not torch.equal(train.to_device(fewer, batches.cfg, "cpu")["patches"], patches)
+
+
+# --------------------------------------------------------------------------------------------------
+# Many processes
+
+VARIANTS = {"batch": dict(negatives="batch"), "bag": dict(negatives="bag", balance=False)}
+
+
+def part_of(batch, rank, world, negatives):
+    """Cut out what process `rank` of `world` gets of a batch of four bags."""
+    n = 4 // world
+    mine, rows = slice(rank * n, rank * n + n), slice(2 * rank * n, 2 * (rank + 1) * n)
+    part = dict(batch)
+    for name in per_bag(batch):
+        part[name] = batch[name][mine]
+    for name in ("rand_mask", "rand_prefix", "rand_negative", "caption_rows"):
+        part[name] = batch[name][rows]
+    part["caption_rows"] = part["caption_rows"] - 15 * rank * n
+    if negatives == "bag":
+        # The loader then counts only the keywords of its own bags.
+        part["keywords"] = batch["keywords"][part["bag_keywords"]].flatten(0, 1)
+        part["bag_keywords"] = torch.arange(n * 7).view(n, 7)
+        part["keyword_real"] = torch.ones(n * 7, dtype=torch.bool)
+    # In double precision what differs is not rounding.
+    part["patches"] = part["patches"].double()
+    return part
+
+
+def train_in_a_group(out, rank, world):
+    """Train two steps of each variant as one process of several; rank 0 saves what it saw."""
+    torch.set_num_threads(1)
+    group = dict(init_method=f"file://{out}/group{world}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", **group)
+    for name, other in VARIANTS.items():
+        objective = losses.Objective(small(stem="conv"), settings(**other)).double()
+        ddp = nn.parallel.DistributedDataParallel(
+            objective,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+            find_unused_parameters=True,
+        )
+        optimizer, seen = torch.optim.SGD(objective.parameters(), lr=0.05), []
+        for step in range(2):
+            parts, _ = ddp(part_of(a_batch(seed=step), rank, world, other["negatives"]))
+            optimizer.zero_grad()
+            sum(parts.values()).backward()
+            mean = losses.all_mean(torch.stack([*parts.values()]))
+            named = objective.named_parameters()
+            grads = {k: p.grad.clone() for k, p in named if p.grad is not None}
+            seen.append((dict(zip(parts, mean.tolist(), strict=True)), grads))
+            optimizer.step()
+        state = {k: x.double() for k, x in objective.state_dict().items()}
+        every = losses.gather(torch.cat([x.flatten() for x in state.values()])[None])
+        assert (every == every[0]).all(), "ranks differ"
+        if rank == 0:
+            torch.save((seen, state), f"{out}/{name}-{world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# torch is imported once, and each process is a fork.
 FORKS = """
-import os, runpy, sys, traceback
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, objective, losses, test_objective
+import os, sys, traceback
+import test_objective
 children = []
 for world in (1, 2, 4):
     for rank in range(world):
         children.append(os.fork())
         if not children[-1]:
             try:
-                sys.argv = ["many.py", sys.argv[1], str(rank), str(world)]
-                runpy.run_path(sys.argv[1] + "/many.py")
+                test_objective.train_in_a_group(sys.argv[1], rank, world)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
-VARIANTS = {"batch": dict(cvta_negatives="batch", cvta_select="ema", mrtva_pairs="ancestors"), "bag": dict(cvta_negatives="bag", mrtva_pairs="levels")}
 
 
 def test_any_number_of_processes_computes_the_same(tmp_path):
-    """Losses, every parameter's gradient, momentum model, queues and batch statistics, over three steps of one, two and four processes."""
-    (tmp_path / "many.py").write_text(MANY.format(root=str(ROOT)))
-    (tmp_path / "forks.py").write_text(FORKS.format(root=str(ROOT)))
-    done = subprocess.run([sys.executable, tmp_path / "forks.py", tmp_path], capture_output=True, text=True)
+    """Losses, every parameter's gradient and batch statistics, over two steps of 1, 2 and 4."""
+    command = [sys.executable, "-c", FORKS, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     for name in VARIANTS:
-        (one, memory), *others = (torch.load(tmp_path / f"{name}-{world}.pt", weights_only=True) for world in (1, 2, 4))
-        for many, theirs in others:
-            for step, ((expected, grads), (got, other)) in enumerate(zip(one, many)):
-                assert got == pytest.approx(expected, rel=1e-7), (name, step)
-                assert set(grads) == set(other) and len(grads) > 60
-                assert not [k for k, x in grads.items() if (x - other[k]).norm() > 1e-6 * x.norm() + 1e-12], (name, step)
-            assert not [k for k, x in memory.items() if not torch.allclose(x.double(), theirs[k].double(), atol=1e-8)], name
+        seen, state = torch.load(tmp_path / f"{name}-1.pt", weights_only=True)
+        for world in (2, 4):
+            other, theirs = torch.load(tmp_path / f"{name}-{world}.pt", weights_only=True)
+            for (one, grads), (many, same) in zip(seen, other, strict=True):
+                assert many == pytest.approx(one, rel=1e-7), (name, world)
+                assert grads.keys() == same.keys() and len(grads) > 60
+                for key, x in grads.items():
+                    assert (x - same[key]).norm() <= 1e-6 * x.norm() + 1e-12, (name, world, key)
+            for key, x in state.items():
+                assert torch.allclose(x, theirs[key], atol=1e-8), (name, world, key)
 
 
 def test_two_threads_compute_the_same_bits_every_time():
-    """A keyword stands in many bags, so its gradient is a sum over them, which must not depend on which thread comes first."""
-    model, (images, batch) = small(), a_batch(B=32, K=150)
-    batch = batch | {"pixels": images, "bag_of": torch.randint(0, 9, (32, 150), generator=torch.Generator().manual_seed(0))}
-    objective, threads, found = Objective(model, dataclasses.replace(settings(jitter=0.0), bags=32)), torch.get_num_threads(), []
+    """A keyword is in many bags; its gradient must not depend on the order of threads."""
+    batch, found = a_batch(B=32, K=150), []
+    g = torch.Generator().manual_seed(0)
+    batch["bag_keywords"] = torch.randint(0, 9, (32, 150), generator=g)
+    batch["keywords"], batch["keyword_real"] = batch["keywords"][:9], torch.ones(9).bool()
+    only = dict(itc=0.0, itm=0.0, mlm=0.0, plm=0.0, negatives="bag")
+    objective, threads = small_objective(**only), torch.get_num_threads()
+    with torch.no_grad():
+        tokens = objective.model.vision_tokens(batch.pop("patches").flatten(0, 1))
+    batch["tokens"] = tokens.view(32, 15, *tokens.shape[1:])
     try:
         torch.set_num_threads(2)
-        for _ in range(8):
-            model.zero_grad()
+        for _ in range(5):
+            objective.zero_grad()
             sum(objective(batch)[0].values()).backward()
-            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            grads = [p.grad.flatten() for p in objective.parameters() if p.grad is not None]
+            found.append(torch.cat(grads))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], x) for x in found)
+
+
+# --------------------------------------------------------------------------------------------------
+# A seventh loss: what a reader does who wants one more
+
+SEVENTH = """\
+--- a/losses.py
++++ b/losses.py
+@@ -380,1 +380,14 @@
++@in_fp32
++def uniformity(v, weight, t=2.0):
++    \"\"\"Spread images over the sphere (Wang & Isola 2020).
++
++        L = log mean_ij exp(-t |v_i - v_j|^2)
++
++    v [M, d] embeddings, L2-normalised; weight [M] mask or weights. Returns a scalar <= 0.
++    \"\"\"
++    pair = weight[:, None] * weight[None, :]  # [M, M]
++    kernel = torch.exp(-t * (2 - 2 * v @ v.T))  # [M, M]
++    return ((kernel * pair).sum() / pair.sum().clamp(min=1e-6)).clamp(min=1e-6).log()
++
++
+ class Objective(nn.Module):
+@@ -430,1 +444,3 @@
++        if cfg.uniformity:
++            out["uniformity"] = uniformity(v, batch["weight"].flatten())
+         if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva:
+--- a/train.py
++++ b/train.py
+@@ -80,2 +80,3 @@
+     mrtva: float = 1.0  # parents and children agree [1]
++    uniformity: float = 0.1  # images spread over the sphere
+     k_o: int = 4  # keywords selected per patch
+"""
+
+
+def definitions(path):
+    """Map the names of a file's functions, methods and plain classes to their source lines."""
+    source, found = path.read_text(), {}
+    for node in ast.parse(source).body:
+        methods = [x for x in getattr(node, "body", ()) if isinstance(x, ast.FunctionDef)]
+        if isinstance(node, ast.ClassDef) and methods:
+            for method in methods:
+                name = f"{node.name}.{method.name}"
+                found[name] = ast.get_source_segment(source, method).splitlines()
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = ast.get_source_segment(source, node).splitlines()
+    return found
+
+
+def patched_copy(folder):
+    """Copy the chapters into a folder and apply the patch there."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    # Outside of any repository, so that git takes the folder as it is.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    command = ["git", "apply", "--verbose", "-"]
+    more = dict(input=SEVENTH, text=True, capture_output=True, env=env)
+    done = subprocess.run(command, cwd=folder, **more)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_a_seventh_loss_is_one_function_one_call_and_one_field(tmp_path, monkeypatch):
+    patched_copy(tmp_path)
+    # The patch adds lines to two files and takes none away.
+    assert not [line for line in SEVENTH.splitlines() if re.match("-(?!--)", line)]
+    for path in ROOT.glob("*.py"):
+        touched = path.read_text() != (tmp_path / path.name).read_text()
+        assert touched == (path.name in ("losses.py", "train.py"))
+    before, after = definitions(ROOT / "losses.py"), definitions(tmp_path / "losses.py")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"uniformity", "Objective.forward"}
+    assert len(after["Objective.forward"]) == len(before["Objective.forward"]) + 2
+    before, after = definitions(ROOT / "train.py"), definitions(tmp_path / "train.py")
+    assert {name for name in after if after[name] != before[name]} == {"Config"}
+    assert len(after["Config"]) == len(before["Config"]) + 1
+
+    # Import the copies in place of the originals.
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("losses", "train"):
+        monkeypatch.delitem(sys.modules, name)
+    new_losses, new_train = importlib.import_module("losses"), importlib.import_module("train")
+    assert Path(new_losses.__file__).parent == tmp_path == Path(new_train.__file__).parent
+    # The field is a flag. All seven losses are returned, and the seventh has a gradient.
+    assert new_train.parse(["--uniformity", "0.5"]).uniformity == 0.5
+    cfg = dataclasses.replace(new_train.parse([]), bags=4, children=2, k_o=3, keywords=7)
+    objective, batch = new_losses.Objective(small(), cfg), a_batch()
+    assert set(objective(batch)[0]) == {*train.LOSSES, "uniformity"}
+    # Weight 0 removes a loss: train on the seventh alone.
+    for name in train.LOSSES:
+        setattr(cfg, name, 0.0)
+    optimizer, history = new_train.make_optimizer(objective, cfg), []
+    for _ in range(10):
+        parts, _ = objective(batch)
+        optimizer.zero_grad()
+        sum(getattr(cfg, name) * part for name, part in parts.items()).backward()
+        optimizer.step()
+        history.append(parts["uniformity"].item())
+    assert set(parts) == {"uniformity"} and history[-1] < history[0] - 0.2
+    for name in train.LOSSES:
+        setattr(cfg, name, 1.0)
+    cfg.uniformity = 0.0
+    assert set(objective(batch)[0]) == set(train.LOSSES)

@@ -1,127 +1,199 @@
-"""pytest tests/test_segment.py — windows, label maps and Dice by hand; a picture whose right answer is known; outlines of any shape."""
+"""Segmentation: windows, label maps and Dice by hand; pictures whose right answer is known.
+
+pytest tests/test_segment.py
+"""
+
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import script
 from PIL import Image
+from test_slides import run  # noqa: F401, a fixture
 
-import pictures
-import segment
+import data
+from protocols import masks, segment
+from protocols.masks import Cells
 
 
 def test_windows_cover_the_picture_from_inside():
-    nx, ny, (w, h), corner = segment.windows((100, 40), 40)
-    assert (nx.tolist(), ny.tolist(), w, h, corner) == (list(range(7)), [0], 10, 4, [0.0, 0.0])          # cells of 10 pixels, windows of four
-    nx, ny, (w, h), corner = segment.windows((101, 20), 40)
-    assert (len(nx), w, len(ny), corner) == (8, 11, 1, [0.0, -10.0])                                     # the last hangs over; a low picture gets one, centred
+    across, down, cells, corner = masks.windows((100, 40), 40)
+    # Cells of 10 pixels, windows of four.
+    assert (across.tolist(), down.tolist()) == (list(range(7)), [0])
+    assert (cells, corner) == ((10, 4), (0.0, 0.0))
+    # The last hangs over; a low picture gets one, centred.
+    across, down, cells, corner = masks.windows((101, 20), 40)
+    assert (len(across), cells[0], len(down), corner) == (8, 11, 1, (0.0, -10.0))
 
 
 def test_a_label_map_is_each_pixels_own_cell():
-    cells = np.zeros((2, 4, 2))
-    cells[0, 1, 1] = cells[1, 3, 1] = 1.0
-    found = segment.label_map([(cells, 10, (0.0, 0.0))], (40, 20), (20, 40), band=3)
+    values = np.zeros((2, 4, 2))
+    values[0, 1, 1] = values[1, 3, 1] = 1.0
+    cells = Cells(values, 10, (0.0, 0.0))
     truth = np.zeros((20, 40), int)
     truth[:10, 10:20] = truth[10:, 30:] = 1
-    assert (found == truth).all()
-    half = segment.label_map([(cells, 10, (0.0, 0.0))], (40, 20), (10, 20))                              # a mask at half the picture's size
-    assert (half == truth[::2, ::2]).all()
-    other = np.zeros((1, 2, 2))
-    other[..., 0] = 2.0                                                                                  # scores of two magnifications are added
-    assert (segment.label_map([(cells, 10, (0.0, 0.0)), (other, 20, (0.0, 0.0))], (40, 20), (20, 40)) == 0).all()
+    assert (masks.label_map([cells], (40, 20), (20, 40), band=3) == truth).all()
+    # A mask at half the picture's size.
+    assert (masks.label_map([cells], (40, 20), (10, 20)) == truth[::2, ::2]).all()
+    # Scores of two magnifications are added.
+    coarse = np.zeros((1, 2, 2))
+    coarse[..., 0] = 2.0
+    both = [cells, Cells(coarse, 20, (0.0, 0.0))]
+    assert (masks.label_map(both, (40, 20), (20, 40)) == 0).all()
+    # Most of a cell's pixels give it its class, and VOID gives none.
+    truth[0, 10:19] = 0
+    truth[10:, :10] = masks.VOID
+    expected = [[0, 1, 0, 0], [-1, 0, 0, 1]]
+    assert segment.label_cells(truth, (40, 20), cells, 2).tolist() == expected
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Two pictures of 0.5 um per pixel, red on the left and blue on the right, with masks of which one column does not count."""
-    out = []
+    """Draw two pictures of 0.5 um per pixel, red on the left and blue on the right, and masks.
+
+    One column of a mask does not count.
+    """
+    found = []
     for k, edge in enumerate((128, 192)):
-        image, mask = np.zeros((128, 320, 3), np.uint8), np.ones((128, 320), np.uint8)
-        image[:, :edge, 0], image[:, edge:, 2], mask[:, :edge], mask[:, 0] = 220, 220, 0, segment.VOID
+        image = np.zeros((128, 320, 3), np.uint8)
+        image[:, :edge, 0] = 220
+        image[:, edge:, 2] = 220
+        mask = np.ones((128, 320), np.uint8)
+        mask[:, :edge] = 0
+        mask[:, 0] = masks.VOID
         Image.fromarray(image).save(tmp_path / f"{k}.png")
         Image.fromarray(mask).save(tmp_path / f"{k}.mask.png")
-        out.append((tmp_path / f"{k}.png", tmp_path / f"{k}.mask.png"))
-    return out
+        found.append((tmp_path / f"{k}.png", tmp_path / f"{k}.mask.png"))
+    return found
 
 
-def test_zero_shot_finds_the_colours(pairs):
-    """An encoder that sees only how red and how blue a window is: wrong no farther from the edge than a window reaches."""
-    encode = lambda x: torch.nn.functional.normalize(x.mean((2, 3))[:, [0, 2]], dim=1)
-    found, maps = segment.zeroshot(encode, torch.eye(2), pairs, 32, "cpu", mpp=0.5)
-    assert set(found) == {"10x", "20x", "5x", "merged"} and found["20x"].shape == (2, 2, 2)            # 40x is not in a picture of 20x
-    assert found["20x"].sum() == 2 * 128 * 319                                                            # without the pixels that do not count
-    assert min(segment.summary(found["20x"])["dice"]) > 0.9 and segment.summary(found["20x"])["mean"] >= segment.summary(found["5x"])["mean"]
-    assert set(maps) == {"truth", "10x", "20x", "5x", "merged"} and maps["20x"].shape == (128, 320)
+def test_by_text_the_colours_are_found(pairs, tmp_path):
+    """An encoder that sees only how red and how blue a window is errs only near the edge."""
+
+    def encode(images):
+        return F.normalize(images.mean((2, 3))[:, [0, 2]], dim=1)
+
+    settings = (torch.eye(2), pairs, 32, 0.5, tmp_path / "kept")
+    pixels, maps = segment.zeroshot(encode, *settings)
+    # 40x is not in a picture of 20x.
+    assert list(pixels) == ["5x", "10x", "20x", "merged"]
+    assert pixels["20x"].shape == (2, 2, 2)
+    # Pixels that do not count are left out.
+    assert pixels["20x"].sum() == 2 * 128 * 319
+    rows = {mag: segment.summarise(m, ["red", "blue"], [0, 1]) for mag, m in pixels.items()}
+    assert min(rows["20x"]["dice red"], rows["20x"]["dice blue"]) > 0.9
+    assert rows["20x"]["dice"] >= rows["5x"]["dice"]
+    assert list(maps) == ["truth", "5x", "10x", "20x", "merged"]
+    assert maps["20x"].shape == (128, 320)
+    # A second call reads what the first one kept.
+    again, _ = segment.zeroshot(None, *settings)
+    assert all((again[mag] == pixels[mag]).all() for mag in pixels)
+    image = segment.draw_maps(pairs[1][0], maps, ["red", "blue"], 0.5)
+    assert len(image.getcolors(1 << 20)) > 4 and image.width > 1500
 
 
 def test_the_decoder_learns_from_one_picture_for_the_other(pairs):
     class Colours(torch.nn.Module):
         """A tower whose patch tokens are their mean colours."""
+
         size, grid = 32, 4
 
         def forward(self, x):
-            tokens = torch.nn.functional.avg_pool2d(x, 8).flatten(2).mT                                  # [N, 16, 3]
+            tokens = F.avg_pool2d(x, 8).flatten(2).mT  # [N, 16, 3]
             return torch.cat([tokens[:, :1], tokens], 1)
-    m, last = segment.decoder(Colours(), pairs[:1], pairs[1:], 2, "cpu", mag=20, mpp=0.5)
-    assert segment.summary(m)["dice"] == [1.0, 1.0] and (last[:, :192] == 0).all() and (last[:, 192:] == 1).all()
+
+    pixels, last = segment.decode(Colours(), pairs[:1], pairs[1:], 2, mag=20, mpp=0.5)
+    found = segment.summarise(pixels, ["red", "blue"], [0])
+    assert found["dice red"] == found["dice blue"] == 1
+    assert (last[:, :192] == 0).all() and (last[:, 192:] == 1).all()
+    # One group says nothing about others.
+    assert np.isnan(found["interval"]["dice"]).all()
+
+
+def test_tokens_lie_where_their_pixels_lie(pairs):
+    class Corners(torch.nn.Module):
+        """A tower whose tokens are the first pixel of their patches."""
+
+        size, grid = 32, 4
+
+        def forward(self, x):
+            tokens = x[:, :, ::8, ::8].flatten(2).mT
+            return torch.cat([tokens[:, :1], tokens], 1)
+
+    with masks.open_picture(pairs[0][0], 0.5) as picture:
+        cells = segment.read_tokens(Corners(), picture, 20)
+        expected = picture.pixels[::8, ::8] / 255
+    assert (cells.side, cells.corner) == (8, (0.0, 0.0))
+    assert np.allclose(cells.values, expected)
 
 
 def test_dice_of_several_pictures_is_over_all_their_pixels():
-    m = np.array([[[8, 2], [0, 0]], [[0, 0], [1, 9]]])
-    found = segment.summary(m)
-    assert found["dice"] == pytest.approx([16 / 19, 18 / 21]) and found["n"] == 2 and found["interval"][0] <= found["mean"] <= found["interval"][1]
-    assert np.isnan(segment.summary(np.pad(m, ((0, 0), (0, 1), (0, 1))))["dice"][2]) and segment.summary(np.pad(m, ((0, 0), (0, 1), (0, 1))))["mean"] == pytest.approx(found["mean"])
+    pixels = np.array([[[8, 2], [0, 0]], [[0, 0], [1, 9]]])
+    found = segment.summarise(pixels, ["a", "b"], ["p", "q"])
+    assert (found["dice a"], found["dice b"]) == pytest.approx((16 / 19, 18 / 21))
+    assert found["n"] == found["groups"] == 2
+    low, high = found["interval"]["dice"]
+    assert low <= found["dice"] <= high
+    # A class that nobody has is not defined and leaves the mean as it is.
+    wider = segment.summarise(np.pad(pixels, ((0, 0), (0, 1), (0, 1))), "abc", ["p", "q"])
+    assert np.isnan(wider["dice c"]) and wider["dice"] == pytest.approx(found["dice"])
 
 
 def test_masks_that_are_none(tmp_path):
-    for image, message in ((Image.new("RGB", (4, 4)), "no mask of class numbers"), (Image.fromarray(np.full((4, 4), 7, np.uint8)), "holds the value 7, and there are classes 0 to 2"),
-                           (Image.fromarray(np.full((4, 4), 700, np.uint16)), "no mask of class numbers")):
+    wrong = {
+        "is no mask but": Image.new("RGB", (4, 4)),
+        "holds 7, but classes are 0 to 2": Image.fromarray(np.full((4, 4), 7, np.uint8)),
+        "is no mask but uint16|is no mask but int32": Image.fromarray(
+            np.full((4, 4), 700, np.uint16)
+        ),
+    }
+    for message, image in wrong.items():
         image.save(tmp_path / "m.png")
-        with pytest.raises(ValueError, match=f"m.png .*{message}"):
-            segment.read_mask(tmp_path / "m.png", 3)
+        with pytest.raises(ValueError, match=f"m.png .*({message})"):
+            masks.read_mask(tmp_path / "m.png", 3)
     Image.fromarray(np.zeros((40, 80), np.uint8)).save(tmp_path / "m.png")
     Image.new("RGB", (90, 120)).save(tmp_path / "p.png")
-    with pytest.raises(ValueError, match="m.png is 80 x 40 and its picture .*p.png 90 x 120 pixels"):
-        segment.check_masks([(tmp_path / "p.png", tmp_path / "m.png")], 3, 0.5)
+    pair = (tmp_path / "p.png", tmp_path / "m.png")
+    with pytest.raises(ValueError, match="m.png is 80 x 40 pixels, its picture .*p.png 90 x 120"):
+        masks.check_masks([pair], 3, 0.5)
+    with pytest.raises(ValueError, match="p.png does not say its microns per pixel: pass --mpp"):
+        masks.check_masks([pair], 3)
     (tmp_path / "m.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="m.png cannot be read as a mask"):
-        segment.read_mask(tmp_path / "m.png", 3)
+        masks.read_mask(tmp_path / "m.png", 3)
 
 
-def area(ring):
-    return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, ring[1:])) / 2
+def test_a_flat_picture_reads_as_a_slide_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    flat = masks.open_picture(tmp_path / "p.png", 0.5)
+    assert flat.size == (30, 20) and flat.mags == (5, 10, 20)
+    found = flat.read(-4, 14, 12, 12)
+    assert (found[:6, 4:] == pixels[14:, :8]).all()
+    assert (found[6:] == 255).all() and (found[:, :4] == 255).all()
+    assert (flat.read(40, 0, 8, 8) == 255).all() and (flat.read(-90, 0, 8, 8) == 255).all()
+    assert (flat.read(2, 4, 8, 4) == data.resize(pixels[4:12, 2:10], 4)).all()
 
 
-def test_outlines_by_hand_and_of_random_masks():
-    assert pictures.outlines(np.ones((2, 3), bool)) == [[[(0, 0), (3, 0), (3, 2), (0, 2), (0, 0)]]]
-    ring = np.ones((3, 3), bool)
-    ring[1, 1] = False
-    (outer, hole), = pictures.outlines(ring)
-    assert area(outer) == 9 and area(hole) == -1
-    assert len(pictures.outlines(np.eye(3, dtype=bool))) == 3                                            # touching at corners only
-    rng = np.random.default_rng(0)
-    for density in (0.2, 0.5, 0.8):
-        mask = rng.random((15, 20)) < density
-        shapes = pictures.outlines(mask)
-        assert sum(area(r) for shape in shapes for r in shape) == mask.sum()
-        for shape in shapes:
-            assert area(shape[0]) > 0 and all(area(r) < 0 for r in shape[1:])
-            for r in shape:
-                assert r[0] == r[-1] and len(set(r)) == len(r) - 1                                       # no corner twice: no ring crosses itself
-        inside = np.array([[sum((x1 > x + 0.5) * (np.sign(y2 - y1)) * (min(y1, y2) <= y < max(y1, y2)) for s in shapes for r in s for (x1, y1), (x2, y2) in zip(r, r[1:]))
-                            for x in range(20)] for y in range(15)])
-        assert (inside == mask).all()                                                                    # counted by a ray to the right
-
-
-def test_geojson_lies_where_the_nodes_lie(tmp_path):
-    labels = np.full((2, 85), -1)
-    labels[0, 1], labels[1, 1:5] = 0, 1
-    assert pictures.geojson([(1000, 2000, 512), (1512, 2000, 512)], labels, 1, ["a", "b"], tmp_path / "x.geojson") == 2
-    a, b = json.loads((tmp_path / "x.geojson").read_text())["features"]
-    assert a["geometry"]["coordinates"] == [[[1000, 2000], [1256, 2000], [1256, 2256], [1000, 2256], [1000, 2000]]]
-    assert b["geometry"]["coordinates"] == [[[1512, 2000], [2024, 2000], [2024, 2512], [1512, 2512], [1512, 2000]]] and b["properties"]["classification"]["name"] == "b"
-
-
-def test_colours_rise_in_brightness():
-    rgb = pictures.colour(np.linspace(0, 1, 9)).astype(float)
-    assert (np.diff(rgb @ [0.3, 0.6, 0.1]) > 0).all()
+def test_the_command(run, pairs, tmp_path):  # noqa: F811
+    lines = ["file,mask,patient", "0.png,0.mask.png,p", "1.png,1.mask.png,q"]
+    (tmp_path / "masks.csv").write_text("\n".join(lines))
+    (tmp_path / "names.json").write_text('{"red": ["stroma only", "stroma"], "blue": "fat"}')
+    argv = [run, "--data", tmp_path / "masks.csv", "--classes", tmp_path / "names.json"]
+    argv += ["--mpp", "0.5", "--level", "10", "--out", tmp_path / "out"]
+    done = script("protocols.segment", *argv, check=True)
+    assert "masks, by text" in done.stdout and "masks, decoder" in done.stdout
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    rows = found["segment"]["masks"]
+    assert set(rows["by text"]) == {"5x", "10x", "20x", "merged"}
+    assert rows["decoder"]["10x"]["n"] == 2
+    assert {"dice", "dice red", "dice blue"} == set(rows["decoder"]["10x"]["interval"])
+    assert found["about"]["segment"]["groups"] == "patient"
+    assert Image.open(tmp_path / "out/segments.png").width > 1000
+    lines = ["file,label", "0.png,a"]
+    (tmp_path / "masks.csv").write_text("\n".join(lines))
+    done = script("protocols.segment", *argv)
+    assert done.returncode == 1 and "has no masks: give a CSV with" in done.stderr
+    assert "Traceback" not in done.stderr

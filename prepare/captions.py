@@ -1,0 +1,423 @@
+"""Captions for the patches of bags: from a served model, from a file, or from PathGen-1.6M.
+
+    python -m prepare.captions ask SHARDS --endpoint http://localhost:8000/v1 --model NAME
+    python -m prepare.captions read FILE --shards DIR
+    python -m prepare.captions pathgen JSON --slides DIR --out DIR      # see prepare/pathgen.py
+
+MR-PLIP [1] asks Quilt-LLaVA about each of its 34 million patches. `ask` does so with any server of
+the OpenAI chat protocol (vLLM, SGLang, llama.cpp ...). A key in the environment variable
+OPENAI_API_KEY is sent and never written. All three leave `bags-SLIDE.captions.jsonl` beside the
+shards, a line {"key", "node", "caption", ...} for each node, which text.Captions reads.
+
+Reference: [1] MR-PLIP, CVPR 2025, section 3.1.
+"""
+
+import argparse
+import base64
+import csv
+import fcntl
+import http.client
+import io
+import json
+import os
+import random
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import text
+from prepare import pathgen
+
+# The question of [1], figure 2.
+PROMPT = "describe the main features visible in this histopathology image"
+# A model says this instead of describing; no caption starts like it.
+REFUSALS = ("sorry", "i'm sorry", "i am sorry", "i cannot", "i can't", "i'm unable", "i am unable")
+REFUSALS += ("unfortunately", "as an ai ", "as an ai,")
+# Seconds before a busy or absent server is asked again.
+PAUSES = (0.5, 1, 2, 4, 8, 16, 30, 60)
+# So many failures in a row mean that the server is gone.
+MOST_FAILURES = 50
+
+
+# ---------------------------------------------------------------- a server
+
+
+class Server:
+    """A chat server. Its methods raise ValueError if it can answer no question at all."""
+
+    def __init__(self, endpoint, model, prompt=PROMPT):
+        self.endpoint = endpoint.rstrip("/").removesuffix("/chat/completions")
+        if not re.match(r"https?://[^/:]", self.endpoint):
+            raise ValueError(f"--endpoint {endpoint} is no address: give http://HOST:PORT/v1")
+        self.model = model
+        self.prompt = prompt
+        # Set when nothing more is to be asked, so that no thread waits for another try.
+        self.stop = threading.Event()
+
+    def _request(self, path, body=None):
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        request = urllib.request.Request(self.endpoint + path, body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as e:
+            # Keep what the server says of it, in one line.
+            e.msg = " ".join(e.read(200).decode(errors="replace").split())
+            raise
+
+    def check(self):
+        """Look whether the server is there, and has the model."""
+        try:
+            names = [str(row["id"]) for row in self._request("/models")["data"]]
+        except (urllib.error.HTTPError, ValueError, KeyError, TypeError):
+            # Not every server lists its models; the first question will tell.
+            return
+        except (OSError, http.client.HTTPException) as e:
+            raise ValueError(f"no server answers at {self.endpoint} ({e}): start it") from None
+        if names and self.model not in names:
+            served = f"{self.endpoint} serves {', '.join(names)}"
+            raise ValueError(f"{served}, not --model {self.model}: give one of those")
+
+    def ask(self, jpeg):
+        """Describe a picture (bytes) -> (caption, None), or (None, the reason why not)."""
+        picture = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": picture}},
+            {"type": "text", "text": self.prompt},
+        ]
+        question = {"model": self.model, "temperature": 0, "max_tokens": 256}
+        question["messages"] = [{"role": "user", "content": content}]
+        body = json.dumps(question).encode()
+        # Ask until there is an answer, or the last pause is over.
+        for pause in (*PAUSES, None):
+            try:
+                choice = self._request("/chat/completions", body)["choices"][0]
+                answer = choice["message"]["content"] or ""
+                # Make it one line, without broken characters.
+                caption = " ".join(answer.encode("utf-8", "replace").decode().split())
+                break
+            except urllib.error.HTTPError as e:
+                reason = f"{e.code} {e.msg}"
+                if e.code in (401, 403, 404):
+                    hint = "check --endpoint, --model and OPENAI_API_KEY"
+                    raise ValueError(f"{self.endpoint} refuses ({reason}): {hint}") from None
+                # The same question would get the same answer, unless the server is busy.
+                if e.code < 500 and e.code not in (408, 409, 425, 429):
+                    return None, reason
+            except Exception as e:
+                # Whatever came instead of an answer, the next try may do better.
+                reason = f"no answer ({e!r})"
+            # Spread the tries of many threads.
+            if pause is None or self.stop.wait(pause * random.uniform(0.75, 1.25)):
+                return None, reason
+        # An answer may still be no caption.
+        if not caption:
+            return None, "empty"
+        start = caption.lower().replace("\u2019", "'")
+        if start.startswith(REFUSALS) or choice.get("finish_reason") == "content_filter":
+            return None, f"refused: {caption[:100]}"
+        return caption, None
+
+
+# ---------------------------------------------------------------- asking
+
+
+def answered(path, server):
+    """Read the captions of a file that is finished or not -> {(key, node): row}."""
+    if not path.exists():
+        return {}
+    # Remove a last line that a kill cut off.
+    if path.suffix == ".part":
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    rows = {}
+    for _, row in text.read_lines(path):
+        # A mixture of models or prompts would be found only after training.
+        asked = (row.get("model"), row.get("prompt"))
+        if asked != (server.model, server.prompt):
+            held = f"{path} holds captions of model {asked[0]!r} and prompt {asked[1]!r}"
+            raise ValueError(
+                f"{held}, not {server.model!r} and {server.prompt!r}: move the file away"
+            )
+        rows[row["key"], row["node"]] = row
+    return rows
+
+
+def questions(bags, number, levels, rows, bar):
+    """Yield (key, node, JPEG bytes) of the nodes of a shard that `rows` lacks."""
+    for i in np.flatnonzero(bags.shard_of == number).tolist():
+        key = bags.keys[i]
+        nodes = np.flatnonzero(bags.valid[i].numpy() & np.isin(data.LEVEL, levels)).tolist()
+        missing = [node for node in nodes if (key, node) not in rows]
+        bar.update(len(nodes) - len(missing))
+        if not missing:
+            continue
+        # Cut the missing patches out of the bag's image.
+        patches = data.pyramid(bags[i]["image"][None])[0, missing]  # [nodes, 3, S, S]
+        pixels = patches.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+        for node, patch in zip(missing, pixels, strict=True):
+            file = io.BytesIO()
+            Image.fromarray(patch).save(file, "JPEG", quality=95, subsampling=0)
+            yield key, node, file.getvalue()
+
+
+def put(server, asked, rows, part, concurrency, bar):
+    """Put questions to the server, add answers to rows and file -> reasons why some failed."""
+    turn = threading.Lock()
+    reasons = []
+    failed_in_a_row = 0
+
+    def work():
+        nonlocal failed_in_a_row
+        while not server.stop.is_set():
+            with turn:
+                question = next(asked, None)
+            if question is None:
+                return
+            key, node, jpeg = question
+            caption, reason = server.ask(jpeg)
+            with turn:
+                bar.update()
+                if caption is None:
+                    reasons.append(reason)
+                    failed_in_a_row += 1
+                    if failed_in_a_row < MOST_FAILURES:
+                        continue
+                    gone = f"{MOST_FAILURES} questions in a row failed at {server.endpoint}"
+                    raise ValueError(f"{gone} ({reason}): the same command continues")
+                failed_in_a_row = 0
+                # Write at once: what is answered is kept, however the command ends.
+                row = dict(key=key, node=node, caption=caption)
+                row |= dict(model=server.model, prompt=server.prompt)
+                with open(part, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows[key, node] = row
+
+    server.stop.clear()
+    # After an error or Ctrl-C, the pool waits for the questions in hand: their answers count.
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            threads = [pool.submit(work) for _ in range(concurrency)]
+            wait(threads, return_when=FIRST_EXCEPTION)
+        finally:
+            server.stop.set()
+    for thread in threads:
+        thread.result()
+    return reasons
+
+
+def ask(folder, server, mags=data.MAGS, concurrency=32):
+    """Caption the valid nodes of a folder of shards -> dict(captions, failed, elsewhere).
+
+    `elsewhere` counts the shards that another process works on.
+    """
+    levels = [data.MAGS.index(mag) for mag in mags]
+    bags = data.Bags(folder)
+    server.check()
+    captions = 0
+    elsewhere = 0
+    reasons = Counter()
+    total = int(bags.valid[:, np.isin(data.LEVEL, levels)].sum())
+    bar = tqdm(total=total, unit="caption", disable=None)
+    for number, shard in enumerate(bags.shards):
+        # Collect answers in a part, and leave a shard to the process that has its lock.
+        path = shard.with_suffix(".captions.jsonl")
+        part = shard.with_suffix(".captions.part")
+        with open(shard.with_name(f".{shard.stem}.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                elsewhere += 1
+                continue
+            # What an earlier call left is not asked again.
+            rows = answered(path, server) | answered(part, server)
+            before = len(rows)
+            asked = questions(bags, number, levels, rows, bar)
+            reasons.update(put(server, asked, rows, part, concurrency, bar))
+            captions += len(rows) - before
+            # Sort the answers into a file that appears whole.
+            if part.exists():
+                ordered = sorted(rows.values(), key=lambda row: (row["key"], row["node"]))
+                lines = [json.dumps(row, ensure_ascii=False) for row in ordered]
+                data.write_whole(path, "\n".join([*lines, ""]))
+                part.unlink()
+    bar.close()
+    for reason, n in reasons.most_common(3):
+        print(f"{n} x {reason}", file=sys.stderr)
+    return dict(captions=captions, failed=reasons.total(), elsewhere=elsewhere)
+
+
+# ---------------------------------------------------------------- captions made elsewhere
+
+# Columns of a caption are joined; the first column of a name that is filled in counts.
+CAPTIONS = ("caption", "Answer", "title_en", "organ_en", "note")
+NAMES = ("key", "slide", "Image", "image", "file")
+
+
+def read_source(source):
+    """Yield (place, record) of JSON lines, of a CSV with a heading, or of a folder of JSON files.
+
+    Such a folder holds one {"Image", "Answer", ...} for each image, as the authors' release does.
+    """
+    source = Path(source)
+    if source.is_dir():
+        files = sorted(source.glob("*.json"))
+        if not files:
+            raise ValueError(f"{source} holds no *.json: give a folder with one for each image")
+        for path in files:
+            try:
+                yield path, json.loads(path.read_bytes())
+            except ValueError as e:
+                raise ValueError(f"{path}: not JSON ({e}): correct or delete it") from None
+    elif source.suffix.lower() == ".csv":
+        try:
+            with open(source, encoding="utf-8-sig", newline="") as file:
+                for number, row in enumerate(csv.DictReader(file), 2):
+                    yield f"{source}:{number}", row
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{source} is no CSV in UTF-8 ({e}): save it as one") from None
+    else:
+        for number, row in text.read_lines(source):
+            yield f"{source}:{number}", row
+
+
+def read_record(place, record):
+    """Take a record apart -> (name, node or None, caption)."""
+    try:
+        name = next(record[column] for column in NAMES if record.get(column))
+        parts = [record[column] or "" for column in CAPTIONS if column in record]
+        if not parts:
+            raise KeyError("caption")
+        caption = ". ".join(part.strip().rstrip(".") for part in parts if part.strip())
+        node = None if record.get("node") in (None, "") else int(str(record["node"]))
+        return Path(name).name, node, caption.encode("utf-8", "replace").decode()
+    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
+        columns = '"key", "slide" or "image", a "caption", perhaps a "node"'
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else record
+        raise ValueError(f"{place}: expected {columns}, not {found}") from None
+
+
+def match_captions(source, bags):
+    """Match the records of a source with bags -> {(key or slide, node or None): caption}."""
+    # A record may name a bag, or a slide with or without its suffix.
+    keys = set(bags.keys)
+    targets = {Path(slide).stem: slide for slide in bags.slides}
+    targets |= {name: name for name in [*bags.slides, *bags.keys]}
+    captions = {}
+    strangers = []
+    for place, record in read_source(source):
+        name, node, caption = read_record(place, record)
+        target = targets.get(name) or targets.get(Path(name).stem)
+        # KEY_NODE.png is the image of a node.
+        image = re.fullmatch(r"(.+)_(\d+)", Path(name).stem, re.ASCII)
+        if node is None and image and image[1] in keys:
+            target = image[1]
+            node = int(image[2])
+        # A record fits if its bag or slide is there; a slide has no nodes.
+        if not target or node is not None and not (target in keys and 0 <= node < data.NODES):
+            strangers.append(name)
+        elif caption:
+            captions[target, node] = caption
+    if strangers:
+        told = f"{source}: {len(strangers)} records fit no bag, the first is {strangers[0]!r}"
+        print(f"{told} (a node, 0 to 84, goes with a bag)", file=sys.stderr)
+    if not captions:
+        raise ValueError(f"{source} has no caption for these bags: name bag keys or slides")
+    return captions
+
+
+def read(source, folder):
+    """Write the captions of a source beside the shards of a folder -> number of shards."""
+    bags = data.Bags(folder)
+    captions = match_captions(source, bags)
+    # Replace captions of a file, never those that a model was asked for.
+    for shard in bags.shards:
+        path = shard.with_suffix(".captions.jsonl")
+        asked = path.exists() and b'"model"' in path.read_bytes()
+        if asked or shard.with_suffix(".captions.part").exists():
+            held = f"{folder} holds captions that a model was asked for ({shard.stem})"
+            raise ValueError(f"{held}: move them away to replace them")
+
+    # Write a line for each node that has a caption.
+    bare = []
+    for number, shard in enumerate(bags.shards):
+        lines = []
+        for i in np.flatnonzero(bags.shard_of == number):
+            key = bags.keys[i]
+            before = len(lines)
+            for node in range(data.NODES):
+                # The nearest caption counts: the node's, the bag's, the slide's.
+                places = {"image": (key, node), "bag": (key, None), "slide": (bags.slides[i], None)}
+                kind = next((kind for kind in places if places[kind] in captions), None)
+                if kind:
+                    row = dict(key=key, node=node, caption=captions[places[kind]], source=kind)
+                    lines.append(json.dumps(row, ensure_ascii=False))
+            if len(lines) == before:
+                bare.append(key)
+        data.write_whole(shard.with_suffix(".captions.jsonl"), "\n".join([*lines, ""]))
+    if bare:
+        print(f"{source}: {len(bare)} bags have no caption, first {bare[0]}", file=sys.stderr)
+    return len(bags.shards)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Captions for the patches of bags.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("ask", help="ask a served model about every patch").add_argument
+    add("shards", help="folder of bags-*.tar")
+    add("--endpoint", required=True, metavar="URL", help="such as http://localhost:8000/v1")
+    add("--model", required=True, help="its name there")
+    add("--prompt", default=PROMPT, help="the question (%(default)r)")
+    add("--levels", default="5,10,20,40", help="magnifications to caption (%(default)s)")
+    add("--concurrency", type=int, default=32, help="questions at a time (%(default)s)")
+    add = commands.add_parser("read", help="take captions made elsewhere").add_argument
+    add("source", metavar="FILE", help="JSON lines, CSV, or folder of JSON files")
+    add("--shards", required=True, help="folder of bags-*.tar")
+    add = commands.add_parser("pathgen", help="bags and captions of PathGen-1.6M").add_argument
+    add("source", metavar="JSON", help="the list of squares and captions")
+    add("--slides", required=True, nargs="+", help="files or folders")
+    add("--out", required=True, help="folder of shards")
+    add("--mpp", help="microns per pixel, or a CSV of slide,mpp lines")
+    add("--fov-px", type=int, default=pathgen.SQUARE, help="pixels a side of a 5x parent")
+    add("--patch-px", type=int, default=224, help="stored pixels a side (%(default)s)")
+    args = parser.parse_args()
+
+    if args.command == "ask":
+        mags = args.levels.split(",")
+        if not set(mags) <= set(map(str, data.MAGS)) or args.concurrency < 1:
+            raise ValueError("--levels takes some of 5,10,20,40, --concurrency at least 1")
+        server = Server(args.endpoint, args.model, args.prompt)
+        n = ask(args.shards, server, [int(mag) for mag in mags], args.concurrency)
+        print(f"{n['captions']} new captions in {args.shards}")
+        if n["elsewhere"]:
+            print(f"{n['elsewhere']} shards are with another process")
+        if n["failed"]:
+            raise ValueError(f"{n['failed']} patches got no caption: repeat the command for them")
+    elif args.command == "read":
+        print(f"captions for {read(args.source, args.shards)} shards in {args.shards}")
+    else:
+        pathgen.make_bags(args.source, args.slides, args.out, args.mpp, args.fov_px, args.patch_px)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("\nstopped: what is written is kept, the same command continues", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,109 @@
+"""Compute the tokens of a frozen vision tower once, so that training reads them and not pixels.
+
+    python -m prepare.features DATA --vision uni/pytorch_model.bin
+    torchrun --nproc_per_node=8 -m prepare.features DATA --vision uni/pytorch_model.bin
+
+One pass over all bags of DATA/train and DATA/test. Beside each shard appears
+bags-SLIDEKEY.NAME.npy, float16 [bags, 85, V, Dv]: the class token and the pooled grid of each
+patch, as MRPLIP.vision_tokens gives them; NAME is model.features_name. Finished shards are
+skipped; processes share the others. Then train with train.py --freeze_vision true --cache true.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import model as networks
+
+
+def is_finished(path, shard):
+    """Tell whether the features exist and are not older than their shard."""
+    return path.exists() and path.stat().st_mtime >= shard.stat().st_mtime
+
+
+@torch.no_grad()
+def cache_features(see, bags, name, device="cpu", workers=0, rank=0, world=1):
+    """Write the features of every shard that is dealt to this process and has none.
+
+    see: images [85, 3, S, S] in [0, 1] -> tokens [85, V, Dv]; workers: loader processes.
+    """
+    paths = [shard.with_suffix(f".{name}.npy") for shard in bags.shards]
+    mine = range(rank, len(paths), world)
+    todo = {k for k in mine if not is_finished(paths[k], bags.shards[k])}
+    order = [i for i in range(len(bags)) if bags.shard_of[i] in todo]
+    on_gpu = device == "cuda"
+    loading = dict(sampler=order, num_workers=workers, pin_memory=on_gpu)
+    loader = DataLoader(bags, batch_size=None, **loading)
+    sizes = np.bincount(bags.shard_of)
+    rows = []
+    for item in tqdm(loader, desc="features", unit="bag", disable=rank > 0 or None):
+        image = item["image"][None].to(device, non_blocking=True)
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            rows.append(see(data.pyramid(image)[0]).to(torch.float16))  # [85, V, Dv]
+        # Fetch and write after the last bag of a shard, so that the GPU waits once a shard.
+        number = bags.shard_of[item["index"]]
+        if len(rows) == sizes[number]:
+            tokens = torch.stack(rows).cpu().numpy()
+            data.write_whole(paths[number], functools.partial(np.save, arr=tokens))
+            rows = []
+
+
+def load_tower(source, size):
+    """Build an MRPLIP with the vision tower of a file: timm's, or CLIP's for a size of CLIP."""
+    shape = networks.SIZES[size]["vision"]
+    model = networks.MRPLIP(2, 1, **networks.SIZES[size])
+    if shape.get("clip"):
+        tower, _ = networks.load_clip(source, shape.get("quick", False), shape["size"])
+    else:
+        tower = networks.load_vit(source, shape["size"])
+    networks.adopt_vision(model, tower)
+    return model.eval()
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("data", metavar="DATA", help="folder with train/ and test/ shards")
+    parser.add_argument("--vision", metavar="FILE", required=True, help="weights of the tower")
+    parser.add_argument("--size", choices=networks.SIZES, default="paper", help="%(default)s")
+    parser.add_argument("--workers", type=int, default=4, help="loader processes (%(default)s)")
+    args = parser.parse_args()
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_tower(args.vision, args.size)
+    name = networks.features_name(model)
+    see = model.vision_tokens
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        model.to(device)
+        # Store the matrices in bf16, as train.py does, to cast them only once.
+        for module in model.vision.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(torch.bfloat16)
+        see = torch.compile(see)
+    for folder in (Path(args.data) / "train", Path(args.data) / "test"):
+        bags = data.Bags(folder)
+        if bags.S != model.vision.size:
+            sides = f"patches of {bags.S} px and {args.vision} reads {model.vision.size}"
+            raise ValueError(f"{folder} holds {sides}: tile with --patch-px {model.vision.size}")
+        cache_features(see, bags, name, device, args.workers, rank, world)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("stopped: finished shards are kept; the same command continues", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,131 @@
+"""Bags and captions of PathGen-1.6M [1]: squares of TCGA slides that a model has described.
+
+    python -m prepare.captions pathgen JSON --slides DIR --out DIR
+
+JSON is PathGen's list [{"wsi_id", "position": [x, y], "caption", "file_id"}, ...], DIR the slides
+of it that you have. Bags are placed around the squares, so that each square is a node of a bag.
+
+Reference: [1] PathGen-1.6M, arXiv 2407.00203.
+"""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+
+# A described square is so many pixels of the finest level wide.
+SQUARE = 672
+
+
+def read_list(path):
+    """Read PathGen's list -> {slide without suffix: [(x, y, caption, file_id)]}."""
+    try:
+        slides = defaultdict(list)
+        for row in json.loads(Path(path).read_bytes()):
+            x, y = row["position"]
+            square = (int(x), int(y), row["caption"].strip(), row.get("file_id"))
+            slides[row["wsi_id"]].append(square)
+        return slides
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        form = '[{"wsi_id", "position": [x, y], "caption", "file_id"}, ...]'
+        raise ValueError(f"{path} is not PathGen's list {form} ({e!r}): fetch it again") from None
+
+
+def place_bags(size, mpp, squares, fov_px):
+    """Place bags around the squares on a slide -> [(x, y, side)], {(bag, node): caption, ...}.
+
+    size  (width, height) of the slide; fov_px: pixels a side of a 5x parent
+    """
+    side = 8 * round(fov_px * data.mpp_of(5) / mpp / 8)
+    # Describe the nodes of that magnification whose patch is nearest to a square in width.
+    level = min(range(4), key=lambda n: abs(math.log(side / 2**n / SQUARE)))
+    cell = side // 2**level
+    nodes = np.flatnonzero(data.LEVEL == level).tolist()
+    node_at = {(data.COL[node], data.ROW[node]): node for node in nodes}
+    # A new bag has its first square as the middle of a node, near the centre of the bag.
+    to_corner = 2**level // 2 * cell + cell // 2
+    bags = []
+    best = {}
+    for x, y, caption, file_id in sorted(squares, key=lambda square: square[:2]):
+        # Skip a square whose centre lies outside the slide.
+        x += SQUARE // 2
+        y += SQUARE // 2
+        if not (0 <= x < size[0] and 0 <= y < size[1]):
+            continue
+        # Take the first bag over the centre of the square; after the last, place a new one.
+        for number in range(len(bags) + 1):
+            if number == len(bags):
+                bags.append((x - to_corner, y - to_corner, side))
+            left, top, _ = bags[number]
+            if 0 <= x - left < side and 0 <= y - top < side:
+                break
+        node = node_at[(x - left) // cell, (y - top) // cell]
+        # Of several squares in a node, keep the one nearest to its middle.
+        off = abs((x - left) % cell - cell // 2) + abs((y - top) % cell - cell // 2)
+        if (number, node) not in best or off < best[number, node][0]:
+            best[number, node] = (off, dict(node=node, caption=caption, file_id=file_id))
+    return bags, {place: row for place, (_, row) in best.items()}
+
+
+def make_shard(path, squares, out, mpp, settings):
+    """Write shard, captions and index of a slide, unless it has them -> number of captions."""
+    key = data.slide_key(path)
+    index_path = out / f"bags-{key}.index.json"
+    captions_path = out / f"bags-{key}.captions.jsonl"
+    if index_path.exists():
+        if json.loads(index_path.read_bytes())["settings"] != settings:
+            raise ValueError(f"{index_path} was made with other settings: choose another --out")
+        return captions_path.read_bytes().count(b"\n")
+    with data.Slide(path, mpp) as slide:
+        bags, rows = place_bags(slide.size, slide.mpp, squares, settings["fov_px"])
+        if not bags:
+            raise ValueError(f"{path}: no square of the list lies on it: is it the same slide?")
+        mask, scale = data.tissue_mask(slide, um=min(8, settings["fov_px"] / 16))
+        squares = []
+        for x, y, side in bags:
+            places = np.broadcast_arrays(*data.square(np.arange(data.NODES), x, y, side))
+            squares.append((x, y, side, data.tissue_fraction(mask, scale, *places)))
+        index, shard = data.write_bags(slide, squares, settings)
+    data.write_whole(out / f"bags-{key}.tar", shard)
+    # A line tells a node of a bag.
+    lines = []
+    for (number, _), row in sorted(rows.items()):
+        row = dict(key=f"{key}-{number:02d}", **row, source="pathgen")
+        lines.append(json.dumps(row, ensure_ascii=False))
+    data.write_whole(captions_path, "\n".join([*lines, ""]))
+    # The index comes last: a slide that has one is done.
+    data.write_whole(index_path, json.dumps(index))
+    return len(lines)
+
+
+def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
+    """Make shards and captions of the slides that are there, and print how many.
+
+    With 672 pixels at 5x, a square is exactly a 40x patch of a 0.25 um/px slide.
+    """
+    wanted = read_list(source)
+    paths = [path for path in data.find_slides(slides) if path.stem in wanted]
+    if not paths:
+        raise ValueError(f"{slides} holds none of the {len(wanted)} slides of {source}: fetch some")
+    mpps = data.mpp_table(mpp, [path.name for path in paths])
+    settings = dict(fov_px=fov_px, patch_px=patch_px, quality=90, source="pathgen")
+    captions = {}
+    for path in tqdm(paths, unit="slide", disable=None):
+        try:
+            found = make_shard(path, wanted[path.stem], Path(out), mpps[path.name], settings)
+            captions[path.stem] = found
+        except ValueError as e:
+            # One bad slide must not stop the others.
+            tqdm.write(str(e), file=sys.stderr)
+    squares = sum(len(wanted[name]) for name in captions)
+    print(f"{sum(captions.values())} captions of {squares} squares on {len(captions)} slides")
+    if len(wanted) > len(paths):
+        print(f"{len(wanted) - len(paths)} slides of the list are not there")
+    if len(captions) < len(paths):
+        raise ValueError(f"{len(paths) - len(captions)} slides could not be used, see above")

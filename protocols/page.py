@@ -1,0 +1,214 @@
+"""Show the results of a run as pictures and as one page.
+
+    python -m protocols.page RUN        # or another folder with results.json
+
+Draws levels.png, F1 by prompts at each magnification; of a run whose data are there also
+confusion.png, the classes of bags with the four magnifications merged, and retrieval.png, texts and
+the held-out patches nearest to them. report.html holds every table of results.json and every PNG of
+the folder. It is one file without scripts, which can be sent and opened anywhere.
+
+Shape letters: R bags, N = 85 nodes, C classes, Q query texts, d the shared space.
+"""
+
+import argparse
+import base64
+import html
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+import evaluate
+from protocols.charts import draw_bars, draw_confusion, draw_sheet
+from protocols.heatmap import save, side_by_side
+
+# Headings of the protocols, and the metrics that their tables show.
+SHOWN = {
+    "zeroshot": ("Zero-shot by prompts", ("f1",)),
+    "slides": ("Whole slides by prompts (MI-Zero)", ("f1",)),
+    "mil": ("Whole slides by attention MIL", ("f1", "balanced", "auroc")),
+    "probe": ("Linear probe", ("f1", "balanced", "auroc")),
+    "few_shot": ("Few-shot", ("balanced",)),
+    "finetune": ("Fine-tuning", ("f1", "balanced", "auroc")),
+    "retrieval": ("Retrieval", ("image_to_text_R@1", "text_to_image_R@1", "mean")),
+    "segment": ("Segmentation", ()),
+}
+CAPTIONS = {
+    "levels.png": "Weighted F1 per patch at each magnification, and of the four merged per bag; "
+    "whiskers: 95 % over slides.",
+    "confusion.png": "Bags by prompts, four magnifications merged: rows are the truth.",
+    "retrieval.png": "Texts and the held-out patches nearest to them, each of another slide.",
+    "segments.png": "A picture, its mask and what was found.",
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+h2 { margin-top: 2em; border-bottom: 1px solid #ddd } div { overflow-x: auto }
+table { border-collapse: collapse; margin: .8em 0; font-size: .9em }
+td, th { white-space: nowrap; padding: .15em .7em; text-align: right }
+tr { border-bottom: 1px solid #eee }
+td:first-child, th:first-child { text-align: left } .about { color: #666; font-size: .85em }
+figure { margin: 1.2em 0 } figcaption { color: #444 }
+img { max-width: 100%; border: 1px solid #eee }
+"""
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+
+def draw_levels(results):
+    """Draw F1 at each magnification from zero-shot results -> PIL image, or None without any."""
+    table = {}
+    for name, modes in results.get("zeroshot", {}).items():
+        units = modes["ensemble"]
+        # A patch has one magnification; only bags have a merged one.
+        merged = units.get("bag", {}).get("merged")
+        row = units.get("picture") or units.get("patch", {}) | (
+            {"merged": merged} if merged else {}
+        )
+        table[name] = {mag: (found["f1"], *found["interval"]["f1"]) for mag, found in row.items()}
+    return draw_bars(table, "Zero-shot by magnification  (weighted F1)") if table else None
+
+
+def choose_queries(facts, most=12):
+    """Choose texts for the sheet: the first name of each class, of the facts that it can hold."""
+    # Take whole facts, as long as they fit.
+    queries = []
+    for classes in facts.values():
+        if len(queries) + len(classes) <= most:
+            queries += [names[0] for names in classes.values()]
+    # If none does, show the first classes.
+    everything = [names[0] for classes in facts.values() for names in classes.values()]
+    return queries or everything[:most]
+
+
+def draw_run(run, folder, most=300):
+    """Embed a run's test bags as evaluate.py does; draw confusion.png and retrieval.png."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = evaluate.load_run(run, device)
+    inside = (folder / "test").is_dir()
+    test = data.Bags(folder / "test" if inside else folder)
+    # The same bags as evaluate.py, so that numbers and pictures agree.
+    features = evaluate.embed(model, test, evaluate.spread(test, most), device)
+    reference = features
+    if inside and (folder / "train").is_dir():
+        train = data.Bags(folder / "train")
+        reference = evaluate.embed(model, train, evaluate.spread(train, most // 2), device)
+    facts, templates, labels = evaluate.questions(test, features["index"])
+    if not facts:
+        print(f"{folder} has no classes with truth: no confusion.png, no retrieval.png")
+        return
+    # Draw a matrix of each fact.
+    panels = []
+    for fact, classes in facts.items():
+        vectors = evaluate.class_vectors(model, tokenizer, classes.values(), templates)
+        own, others = (evaluate.level_scores(f, vectors) for f in (features, reference))
+        y = labels[fact][:, 0]
+        p = evaluate.merged_scores(own, others).argmax(1)
+        matrix = evaluate.confusion(y[y >= 0], p[y >= 0], len(classes))
+        panels.append((draw_confusion(matrix, list(classes)), f"{fact}, bags, merged"))
+    save(side_by_side(panels), run / "confusion.png")
+    queries = choose_queries(facts)
+    vectors = evaluate.embed_texts(model, tokenizer, queries)
+    save(draw_sheet(test, features, queries, vectors), run / "retrieval.png")
+
+
+# ---- The page -----------------------------------------------------------------------------------
+
+
+def find_rows(found, path=()):
+    """Walk nested results -> yields (names on the way, {column: scores}).
+
+    Scores are dicts with an "interval"; a row is a dict of scores.
+    """
+    if all(isinstance(value, dict) and "interval" in value for value in found.values()):
+        yield path, found
+        return
+    for name, inside in found.items():
+        if isinstance(inside, dict):
+            yield from find_rows(inside, (*path, name))
+
+
+def cell(found, metric):
+    """Write a metric with its interval, or nothing where it is not defined."""
+    if not found or found.get(metric) is None:
+        return ""
+    low, high = found["interval"].get(metric) or (None, None)
+    return f"{found[metric]:.2f}" + ("" if low is None else f" ({low:.2f}-{high:.2f})")
+
+
+def write_table(found, metrics):
+    """Write the results of a protocol as an HTML table; without metrics, those with intervals."""
+    rows = list(find_rows(found))
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    # Write a line for each row and metric.
+    lines = [["", *columns]]
+    for path, row in rows:
+        known = list(dict.fromkeys(name for told in row.values() for name in told["interval"]))
+        for metric in [name for name in metrics or known if name in known]:
+            name = ", ".join([*path, metric])
+            lines.append([name, *(cell(row.get(column), metric) for column in columns)])
+    # The first line is the head.
+    out = []
+    for k, line in enumerate(lines):
+        tag = "td" if k else "th"
+        out.append("<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in line) + "</tr>")
+    return "<div><table>" + "\n".join(out) + "</table></div>"
+
+
+def write_page(folder, results):
+    """Write report.html from results and the PNGs of a folder."""
+    # What is told of each protocol gives the order of the sections.
+    about = results["about"]
+    first = next(iter(about.values()))
+    title = html.escape(f"Results of {first['model']}")
+    out = ["<!doctype html><html lang='en'><meta charset='utf-8'>"]
+    out.append(f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>")
+    out.append("<p>In brackets: the 95 % interval, of a bootstrap over slides or patients.</p>")
+    for name, said in about.items():
+        heading, metrics = SHOWN.get(name, (name.replace("_", " ").capitalize(), ("f1",)))
+        told = [f"{key.replace('_', ' ')}: {x}" for key, x in said.items() if key != "prompts"]
+        out.append(f"<h2>{html.escape(heading)}</h2>{write_table(results[name], metrics)}")
+        out.append(f"<p class='about'>{html.escape('; '.join(told))}</p>")
+    out.append("<h2>Pictures</h2>")
+    # Pictures go into the page itself: it is one file.
+    for path in sorted(folder.glob("*.png")):
+        caption = html.escape(CAPTIONS.get(path.name, path.stem), quote=True)
+        code = base64.b64encode(path.read_bytes()).decode()
+        out.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{code}'>")
+        out.append(f"<figcaption>{caption}</figcaption></figure>")
+    data.write_whole(folder / "report.html", "\n".join(out))
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("folder", metavar="RUN", help="a folder with results.json")
+    args = parser.parse_args()
+    folder = Path(args.folder)
+    file = folder / "results.json"
+    if not file.exists():
+        raise ValueError(f"{file} does not exist: run `python evaluate.py {folder}` first")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    # These bars need the results only; the other pictures need run and data.
+    levels = draw_levels(results)
+    if levels:
+        save(levels, folder / "levels.png")
+    if (folder / "ckpt.pt").exists():
+        source = Path(evaluate.read_config(folder)["data"])
+        if source.is_dir():
+            draw_run(folder, source)
+        else:
+            print(f"{source}, the run's data, is not here: no confusion.png, no retrieval.png")
+    write_page(folder, results)
+    print(f"wrote {folder}/report.html")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("\nstopped: pictures that were drawn are kept", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,218 @@
+"""Measure a model on labelled pictures: zero-shot, linear probe, few-shot, retrieval.
+
+    python -m protocols.pictures MODEL --data CRC-VAL-HE-7K --train NCT-CRC-HE-100K
+    python -m protocols.pictures MODEL --data index.csv --levels --mpp 0.5 --group patient
+
+MODEL as in protocols/peers.py, --data as in protocols/labelled.py.
+
+--levels resamples each picture to 5x, 10x, 20x and 40x, averages the features of the tiles of a
+magnification, and merges the four zero-shot scores. Results: OUT/results.json and OUT/features.
+
+Shape letters: R pictures, L magnifications (1 without --levels), C classes, D width of a feature.
+
+[1] Lu et al. 2024, CONCH (probe).   [2] Wang et al. 2019, SimpleShot (few-shot).
+"""
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+
+import data
+import evaluate
+from protocols import labelled, metrics, peers
+
+FEATURES = {"backbone": "backbone", "projected": "image_embedding", "text_guided": "text_guided"}
+
+# ---- Protocols ----------------------------------------------------------------------------------
+# x [R, L, D] are features of pictures that can be read, `mags` the names of the L magnifications.
+
+
+def zeroshot(peer, pictures, x, mags, mpp, classes, templates):
+    """Measure zero-shot with and without ensemble -> {mode: {"picture": {magnification: scores}}}.
+
+    Merged are the magnifications that the pictures have, not those that were merely enlarged,
+    centred on the training rows, or on the rows themselves where there are none.
+    """
+    y = pictures.numbers(classes)
+    who = pictures.who()
+    use = pictures.held_out()
+    centre = use if use.all() else ~use
+    scale = float(peer.model.itc_scale.detach().exp())
+    found = {}
+    for mode in ("ensemble", "single"):
+        vectors = evaluate.class_vectors(
+            peer.model, peer.tokenizer, classes.values(), templates, mode == "ensemble"
+        )
+        cosine = x @ vectors.numpy().T  # [R, L, C]
+        columns = {mag: cosine[use, k] for k, mag in enumerate(mags)}
+        if mpp:
+            there = [mpp < 1.2 * data.mpp_of(mag) for mag in data.MAGS]
+            merged = evaluate.merged_scores(cosine[use][:, there], cosine[centre][:, there])
+            columns["merged"] = merged
+        rows = {}
+        for mag, s in columns.items():
+            p = torch.from_numpy(scale * s).double().softmax(1).numpy()
+            rows[mag] = metrics.scores(y[use], p, len(classes), who[use])
+        found[mode] = {"picture": rows}
+    return found
+
+
+def prototypes(x0, y0, x1, C):
+    """Predict x1 [R, D] by the nearest class mean of x0, centred and of length 1 [2] -> [R]."""
+    # Centre both on the rows to learn from: all features share a large common part.
+    unit = []
+    for x in (x0, x1):
+        x = x - x0.mean(0)
+        unit.append(x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12))
+    means = np.stack([unit[0][y0 == c].mean(0) for c in range(C)])  # [C, D]
+    return (2 * unit[1] @ means.T - np.square(means).sum(1)).argmax(1)
+
+
+def few_shot(x, y, C, train, test, shots=(1, 2, 4, 8, 16), draws=10):
+    """Learn prototypes of k rows a class -> {k: mean balanced accuracy of the draws, its interval}.
+
+    Numbers k that a class of the training rows has not are left out.
+    """
+    found = {}
+    for k in shots:
+        if np.bincount(y[train], minlength=C).min() < k:
+            break
+        told = []
+        for draw in range(draws):
+            rng = np.random.default_rng([draw, k])
+            rows = np.concatenate([rng.permutation(train[y[train] == c])[:k] for c in range(C)])
+            p = prototypes(x[rows], y[rows], x[test], C)
+            told.append(float(evaluate.rates(evaluate.confusion(y[test], p, C))["balanced"]))
+        interval = {"balanced": evaluate.interval(told)}
+        found[k] = {"balanced": np.mean(told), "std": np.std(told), "interval": interval}
+    return found
+
+
+def probe(pictures, found, features, mags, folds):
+    """Learn from labels -> (linear probe [1], few-shot), each {feature: {magnification: ...}}."""
+    classes = sorted(set(pictures.labels))
+    y = pictures.numbers(classes)
+    who = pictures.who()
+    C = len(classes)
+    train, test = metrics.splits(y, who, pictures.split, folds)[0]
+    rows = {}
+    few = {}
+    for name in features:
+        x = found[FEATURES[name]]
+        title = f"{pictures.name}, {name}"
+        for k, mag in enumerate(mags):
+            row = metrics.linear_probe(x[:, k], y, C, who, pictures.split, folds)
+            rows.setdefault(title, {})[mag] = row
+            few.setdefault(title, {})[mag] = few_shot(x[:, k], y, C, train, test)
+    return rows, few
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+def find_prompts(peer, pictures, source):
+    """Find names and templates for zero-shot, or None where there can be none."""
+    if not pictures.labels or not peer.tokenizer:
+        return None
+    try:
+        return labelled.read_prompts(source, set(pictures.labels))
+    except ValueError as e:
+        if source:
+            raise
+        print(f"no zero-shot: {e}")
+
+
+def measure(peer, pictures, out, args):
+    """Run every protocol that the pictures allow -> results.json in `out`, tables on the screen."""
+    mpp = args.mpp if args.levels else None
+    mags = evaluate.MAG_NAMES if mpp else ("whole",)
+    features = args.features.split(",")
+    about = labelled.about_pictures(peer, pictures)
+    prompts = find_prompts(peer, pictures, args.classes)
+
+    # Read the pictures once for all protocols; go on with those that can be read.
+    found = labelled.embed_pictures(peer, pictures, out, mpp, "text_guided" in features)
+    kept = [row for row, ok in zip(pictures.rows, found["ok"], strict=True) if ok]
+    about |= {"n": len(kept), "left_out": len(pictures) - len(kept), "mpp": mpp}
+    if about["left_out"]:
+        first = pictures.files[found["ok"].argmin()]
+        print(f"{about['left_out']} of {len(pictures)} pictures cannot be read, the first {first}")
+    pictures = labelled.Pictures(pictures.name, pictures.by, kept)
+    split = labelled.describe_split(pictures)
+    use = np.flatnonzero(pictures.held_out())
+    which = f"{len(use)} rows" if len(use) == len(kept) else f"{len(use)} test rows"
+    v = found["image_embedding"]
+    learns = len(set(pictures.labels or ())) > 1
+    if not learns and not prompts and not (pictures.captions and peer.tokenizer):
+        raise ValueError(
+            f"{pictures.name} has nothing to measure: one class, no names, no captions"
+        )
+
+    # Labels against the names of classes.
+    if prompts:
+        rows = zeroshot(peer, pictures, v, mags, mpp, *prompts)
+        told = {"split": which, "prompts": {"classes": prompts[0], "templates": prompts[1]}}
+        evaluate.save_results(out, "zeroshot", {pictures.name: rows}, about | told)
+        for mode, row in rows.items():
+            labelled.print_rows(f"Zero-shot, {mode}, {which}", row["picture"])
+    # Labels to learn from.
+    if learns:
+        rows, few = probe(pictures, found, features, mags, args.folds)
+        told = about | {"split": split, "regularisation": "100 / (width x C)"}
+        evaluate.save_results(out, "probe", rows, told)
+        evaluate.save_results(out, "few_shot", few, about | {"split": f"{split}, the first fold"})
+        for name in rows:
+            labelled.print_rows(f"Linear probe on {name}, {split}", rows[name])
+            for mag, shots in few[name].items():
+                labelled.print_rows(f"Few-shot on {name}, {mag}, rows a class", shots, ["balanced"])
+    # Pictures against their captions.
+    if pictures.captions and peer.tokenizer:
+        captions = [pictures.captions[i] for i in use]
+        t = evaluate.embed_texts(peer.model, peer.tokenizer, captions).numpy()
+        who = pictures.who()[use]
+        rows = {m: evaluate.retrieval(v[use, k], t, captions, who) for k, m in enumerate(mags)}
+        evaluate.save_results(out, "retrieval", rows, about | {"split": which})
+        labelled.print_rows(
+            f"Retrieval, {which}", rows, ["image_to_text_R@1", "text_to_image_R@1", "mean"]
+        )
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    labelled.add_arguments(parser)
+    parser.add_argument("--classes", help="name in prompts.json, or JSON {label: [names]}")
+    parser.add_argument("--levels", action="store_true", help="at 5x, 10x, 20x, 40x and merged")
+    parser.add_argument("--mpp", type=float, help="of --levels: microns per pixel of the pictures")
+    parser.add_argument("--features", default="backbone", help="backbone,projected,text_guided")
+    args = parser.parse_args()
+    for name in args.features.split(","):
+        if name not in FEATURES:
+            raise ValueError(f"--features {name} is none of {', '.join(FEATURES)}")
+    if args.folds < 2:
+        raise ValueError(f"--folds {args.folds} is too few: give 2 or more")
+    if args.levels != bool(args.mpp) or args.mpp and not 0 < args.mpp < 1.2 * data.mpp_of(5):
+        raise ValueError(
+            "--levels needs --mpp, um per pixel, from 0.25 (40x) to 2 (5x); or neither"
+        )
+    pictures = labelled.read_pictures(args.data, args.train, args.group)
+    peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
+    if "text_guided" in args.features and not peer.keywords:
+        raise ValueError(f"{peer.name} has no keywords.json: only a run has text_guided features")
+    if not pictures.labels and not (pictures.captions and peer.tokenizer):
+        raise ValueError(f"{args.data} has neither labels nor captions that {peer.name} can read")
+    out = labelled.results_folder(args, peer, pictures)
+    measure(peer, pictures, out, args)
+    print(f"\nwrote {out}/results.json")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("\nstopped: the features read so far are kept for the next call", file=sys.stderr)
+        sys.exit(130)

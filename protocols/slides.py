@@ -1,0 +1,253 @@
+"""Ask whole slides by text, and learn their classes.
+
+    python -m protocols.slides MODEL SLIDE ... --classes NAME|JSON           # which class?
+    python -m protocols.slides MODEL SLIDE ... --text "signet ring cells"    # where is it?
+    python -m protocols.slides MODEL --data SHARDS --labels CSV [--classes NAME|JSON]
+
+MODEL as in protocols/peers.py; --classes as in protocols/labelled.py. SLIDE is a file or a folder.
+
+--classes pools the best patches of each class, MI-Zero [1], at each magnification and merged, into
+OUT/slides.json. --text lists the places nearest to each text in OUT/places.json. Both draw a
+heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. A slide that is done
+is skipped when the command is repeated; one that cannot be read is named and passed over.
+
+--labels is a table slide,label[,patient] of slides that `python data.py tile` has tiled: MI-Zero,
+and attention MIL (protocols/mil.py) in folds by patient, or learned on SHARDS/train and measured on
+SHARDS/test. Results go to OUT/results.json, features to OUT/features.
+
+Shape letters: P parents (5x) of a slide, N = 85 nodes, C classes or texts, R slides.
+[1] Lu et al. 2023, MI-Zero.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import evaluate
+from data import LEVEL
+from evaluate import MAG_NAMES
+from protocols import heatmap, labelled, mil, peers
+
+SHOWN_J = "10"  # the heatmap shows the merged class of the ten best patches
+
+
+# ---- Scores of a slide: s [P, N, C] are cosines, NaN where there is no tissue -------------------
+
+
+def label_nodes(s, level, share=0.1):
+    """Choose the class to outline at each node -> int [P, N], -1 for none.
+
+    Of several classes it is the best one, after the mean of each over the slide is taken off. Of a
+    single one, it is the `share` of nodes with the highest scores.
+    """
+    use = ~np.isnan(s[..., 0]) & (LEVEL == level)
+    labels = np.full(use.shape, -1)
+    if use.any() and s.shape[2] > 1:
+        labels[use] = (s[use] - s[use].mean(0)).argmax(-1)
+    elif use.any():
+        labels[use & (s[..., 0] >= np.quantile(s[use], 1 - share))] = 0
+    return labels
+
+
+def best_places(s, parents, level, texts, most=3):
+    """List the patches nearest to each text -> {text: [{"x", "y", "side", "cosine"}]}."""
+    places = {}
+    for c, text in enumerate(texts):
+        # Rank the patches of this magnification.
+        cosine = np.where((LEVEL == level) & ~np.isnan(s[..., c]), s[..., c], -np.inf)
+        found = []
+        # Stop early where a slide has fewer patches than are asked for.
+        for flat in np.argsort(-cosine, axis=None)[:most]:
+            p, n = np.unravel_index(flat, cosine.shape)
+            if cosine[p, n] > -np.inf:
+                x, y, side = map(int, data.square(n, *parents[p]))
+                found.append(dict(x=x, y=y, side=side, cosine=float(cosine[p, n])))
+        places[text] = found
+    return places
+
+
+def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
+    """Compare every 5x square of a slide that has tissue with vectors [C, d] -> (parents, s)."""
+    parents = data.choose_parents(slide, fov_px, 10**6, min_tissue)
+    if not parents:
+        look = f"look at it with `python -m prepare.preview {slide.path}`"
+        raise ValueError(f"{slide.path} has no 5x square with tissue: {look}, or give --fov-px")
+    # Keep scores, not features: a slide has thousands of parents.
+    s = np.full((len(parents), data.NODES, len(vectors)), np.nan, np.float32)
+    bar = tqdm(parents, slide.name, unit="bag", leave=False, disable=None)
+    for row, (x, y, side, tissue) in zip(s, bar, strict=True):
+        image = torch.from_numpy(slide.read(x, y, side, 8 * peer.model.vision.size))
+        valid = data.valid_nodes(slide.mags, tissue)
+        # Embed only nodes with tissue: glass costs as much as tissue does.
+        patches = data.pyramid(image.permute(2, 0, 1)[None])[0][torch.from_numpy(valid)]
+        v = evaluate.embed_images(peer.model, patches)["image_embedding"]
+        row[valid] = v @ vectors.T
+    return [parent[:3] for parent in parents], s
+
+
+# ---- Slide files --------------------------------------------------------------------------------
+
+
+def ask_slide(peer, path, mpp, vectors, names, args, out):
+    """Ask one slide, draw its heatmap and outlines -> its record in slides.json or places.json."""
+    level = MAG_NAMES.index(args.level)
+    with data.Slide(path, mpp) as slide:
+        if args.text and data.MAGS[level] not in slide.mags:
+            raise ValueError(f"{path} holds no {args.level}: give a lower --level")
+        parents, s = score_slide(peer, slide, vectors, args.fov_px or peer.model.vision.size)
+        if args.text:
+            found = best_places(s, parents, level, names)
+            panels = [(f"{x} at {args.level}", level, s[..., c]) for c, x in enumerate(names)]
+        else:
+            # Without training slides there is nothing to centre the sum on.
+            pooled = mil.pool_slide(s)
+            found = {}
+            for mag, tops in pooled.items():
+                rows = {j: x.tolist() for j, x in tops.items()}
+                found[mag] = {j: dict(zip(names, row, strict=True)) for j, row in rows.items()}
+            # Show the class of the merged scores at every magnification that the slide holds.
+            best = int(pooled["merged"][SHOWN_J].argmax())
+            panels = []
+            for k, mag in enumerate(MAG_NAMES):
+                if mag in pooled:
+                    panels.append((f"{names[best]} at {mag}", k, s[..., best]))
+        picture = heatmap.draw_heatmap(slide, parents, panels)
+    end = "text" if args.text else "classes"
+    # Write the record last, so that a slide that has one is done.
+    shapes = heatmap.geojson(parents, label_nodes(s, level), level, names)
+    data.write_whole(out / f"{slide.name}.{end}.geojson", shapes)
+    heatmap.save(picture, out / f"{slide.name}.{end}.png")
+    return {"parents": len(parents), "found": found}
+
+
+def print_slide(name, record, level, by_text):
+    """Print what was found on a slide."""
+    found = record["found"]
+    if by_text:
+        rows = []
+        for text, places in found.items():
+            for place in places:
+                spot = [str(place[key]) for key in ("x", "y", "side")]
+                rows.append([text, *spot, f"{place['cosine']:.3f}"])
+        columns = ["nearest", "x", "y", "side", "cosine"]
+        evaluate.print_table(f"{name}, {level}, pixels of the finest level", columns, rows)
+        return
+    columns = ["", *(f"best {j}" for j in found["merged"])]
+    rows = []
+    for mag, tops in found.items():
+        rows.append([mag, *(max(scores, key=scores.get) for scores in tops.values())])
+    evaluate.print_table(f"{name}, {record['parents']} parents", columns, rows)
+
+
+def ask_slides(peer, names, vectors, about, args, out):
+    """Ask slide files one after the other; those that are done are not read again."""
+    file = out / ("places.json" if args.text else "slides.json")
+    # Read what an earlier call of the same model and settings has left.
+    records = {}
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["about"] == about:
+            records = stored["slides"]
+        else:
+            print(f"{file} is of another model or other settings: it is written anew")
+    paths = data.find_slides(args.slides)
+    mpps = data.mpp_table(args.mpp, [path.name for path in paths])
+    failed = 0
+    for path in tqdm(paths, "slides", unit="slide", disable=None if len(paths) > 1 else True):
+        try:
+            # A slide counts as done only while its file is the same.
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, mpps[path.name]]
+            if records.get(path.name, {}).get("stamp") != stamp:
+                record = ask_slide(peer, path, mpps[path.name], vectors, names, args, out)
+                records[path.name] = {"stamp": stamp} | record
+                content = json.dumps({"about": about, "slides": records}, indent=1)
+                data.write_whole(file, content)
+        # A bad file costs one slide.
+        except (ValueError, OSError) as e:
+            tqdm.write(f"left out: {e}", file=sys.stderr)
+            failed += 1
+            continue
+        print_slide(path.name, records[path.name], args.level, bool(args.text))
+    print(f"\n{len(paths) - failed} slides: {file}, heatmaps and outlines beside it")
+    if failed:
+        raise ValueError(f"{failed} of {len(paths)} slides could not be read, see above")
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    """Parse and check the command line -> namespace."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    peers.add_arguments(parser)
+    parser.add_argument("slides", nargs="*", metavar="SLIDE", help="slide files or folders of them")
+    parser.add_argument("--classes", help="name in prompts.json, or JSON {label: [names]}")
+    parser.add_argument("--text", nargs="+", help="texts to look for, each in quotes")
+    parser.add_argument("--mpp", help="microns per pixel of the slides, or a CSV of slide,mpp")
+    parser.add_argument("--fov-px", type=int, help="pixels a side of a 5x square (the tower's)")
+    parser.add_argument("--level", default="20x", choices=MAG_NAMES, help="of outlines, --text")
+    parser.add_argument("--data", help="instead of slides: shards that data.py has tiled")
+    parser.add_argument("--labels", help="of --data: CSV of slide,label[,patient]")
+    parser.add_argument("--folds", type=int, default=5, help="of --data (5)")
+    parser.add_argument("--out", help="folder to write (RUN/slides or results/MODEL/slides)")
+    args = parser.parse_intermixed_args(argv)
+    # Of a model named by a flag, the first word is a slide already.
+    if args.model and (args.clip or args.vit):
+        args.slides.insert(0, args.model)
+        args.model = None
+    if bool(args.slides) == bool(args.data) or bool(args.data) != bool(args.labels):
+        raise ValueError("give slide files, or --data SHARDS with --labels CSV")
+    if args.slides and bool(args.classes) == bool(args.text):
+        raise ValueError("slide files need --classes NAME|JSON (which class?) or --text (where?)")
+    if args.text and args.data:
+        raise ValueError("--text looks for places on slide files, not in shards: give the slides")
+    if args.fov_px is not None and args.fov_px < 16 or args.folds < 2:
+        raise ValueError("--fov-px needs 16 or more, --folds 2 or more")
+    return args
+
+
+def main():
+    args = parse()
+    # Read the small files first: an error in them should cost no minute.
+    labels = mil.read_labels(args.labels) if args.labels else {}
+    wanted = {label for label, _ in labels.values()}
+    classes, templates = {text: [text] for text in args.text or ()}, ["{}"]
+    if args.classes:
+        classes, templates = labelled.read_prompts(args.classes, wanted)
+    peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
+    # Results of a run lie in its folder.
+    own = args.model and args.model != "random"
+    folder = Path(args.model if own else f"results/{peer.name}")
+    out = Path(args.out or folder / (Path(args.data).resolve().name if args.data else "slides"))
+    # A text to look for is a class of its own, without templates.
+    vectors = None
+    if classes:
+        if not peer.tokenizer:
+            raise ValueError(f"{peer.name} reads no text: give a run folder or --clip FILE")
+        names = classes.values()
+        vectors = evaluate.class_vectors(peer.model, peer.tokenizer, names, templates)
+    about = {"model": peer.name, "fingerprint": peer.fingerprint}
+    about["prompts"] = {"classes": classes, "templates": templates}
+    if args.data:
+        mil.measure_shards(peer, Path(args.data), labels, classes, vectors, about, args.folds, out)
+        return
+    about |= {"level": args.level, "fov_px": args.fov_px}
+    ask_slides(peer, list(classes), vectors, about, args, out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("\nstopped: slides that are done are kept; repeat the command", file=sys.stderr)
+        sys.exit(130)

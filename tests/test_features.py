@@ -1,0 +1,138 @@
+"""Check the features of a frozen tower: the right tokens, made once, continued, shared.
+
+pytest tests/test_features.py
+"""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+
+import data
+import model as networks
+from prepare import features
+
+# A tiny tower in timm's names, so that a file of weights can be read.
+TINY = dict(
+    vision=dict(size=64, patch=16, width=64, depth=1, heads=1),
+    text=dict(context=16, width=8, depth=1, heads=1),
+    fusion=dict(width=8, depth=1, heads=1, pool=2),
+    embed=8,
+    simsiam=(8, 8),
+)
+
+
+def add_tiny():
+    networks.SIZES["tiny"] = TINY
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    return shutil.copytree(world, tmp_path / "world")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of random weights, as torch saves those of timm."""
+    torch.manual_seed(3)
+    tower = networks.MRPLIP(2, 1, **TINY).vision
+    state = {k: x for k, x in tower.state_dict().items() if k not in ("mean", "std")}
+    path = tmp_path_factory.mktemp("weights") / "vit.bin"
+    torch.save(state, path)
+    return path
+
+
+def test_the_command_writes_the_tokens_of_every_patch(folder, weights, monkeypatch):
+    argv = ("prepare.features", folder, "--vision", weights, "--size", "tiny", "--workers", 1)
+    script(*argv, before=add_tiny, check=True)
+    monkeypatch.setitem(networks.SIZES, "tiny", TINY)
+    model = features.load_tower(weights, "tiny")
+    name = networks.features_name(model)
+    for split, shards in (("train", 6), ("test", 2)):
+        bags = data.Bags(folder / split)
+        paths = sorted((folder / split).glob("*.npy"))
+        assert paths == [shard.with_suffix(f".{name}.npy") for shard in bags.shards]
+        assert len(paths) == shards
+        tokens = np.concatenate([np.load(path) for path in paths])
+        assert tokens.dtype == np.float16 and tokens.shape == (len(bags), 85, 5, 64)
+        # Rows stand in the order of the bags.
+        for i in (0, len(bags) - 1):
+            with torch.no_grad():
+                found = model.vision_tokens(data.pyramid(bags[i]["image"][None])[0])
+            assert np.allclose(tokens[i], found.numpy(), atol=2e-3)
+
+
+def test_finished_shards_are_skipped_and_changed_ones_made_anew(folder, weights):
+    argv = ("prepare.features", folder, "--vision", weights, "--size", "tiny", "--workers", 0)
+    script(*argv, before=add_tiny, check=True)
+    first = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+    assert len(first) == 8
+    # One is lost, the shard of another is tiled anew.
+    lost, old, *_ = sorted(first)
+    lost.unlink()
+    shard = old.with_name(old.name.split(".")[0] + ".tar")
+    os.utime(shard)
+    script(*argv, before=add_tiny, check=True)
+    changed = {path for path, then in first.items() if path.stat().st_mtime_ns != then}
+    assert changed == {lost, old}
+
+
+def test_an_interrupted_pass_leaves_whole_files_and_goes_on(folder, monkeypatch):
+    torch.manual_seed(0)
+    model = networks.MRPLIP(2, 1, **networks.SIZES["synthetic"]).eval()
+    name = networks.features_name(model)
+    bags = data.Bags(folder / "train")
+    # Die inside the third shard.
+    left = [int(np.bincount(bags.shard_of)[:2].sum()) + 2]
+
+    def dying(images):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return model.vision_tokens(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        features.cache_features(dying, bags, name)
+    paths = sorted(bags.folder.glob(f"*.{name}.npy"))
+    assert len(paths) == 2 and not list(bags.folder.glob(".*.tmp"))
+    then = [path.stat().st_mtime_ns for path in paths]
+    features.cache_features(model.vision_tokens, bags, name)
+    assert [path.stat().st_mtime_ns for path in paths] == then
+    found = sorted(bags.folder.glob(f"*.{name}.npy"))
+    assert len(found) == 6
+    assert np.load(found[0], mmap_mode="r").shape[1:] == (85, 5, 128)
+
+
+def test_processes_share_the_shards(folder):
+    bags = data.Bags(folder / "train")
+
+    def see(images):
+        return images.mean((2, 3))[:, None]  # [85, 1, 3]
+
+    features.cache_features(see, bags, "x", rank=1, world=4)
+    done = [shard for shard in bags.shards if shard.with_suffix(".x.npy").exists()]
+    assert done == [bags.shards[1], bags.shards[5]]
+    for rank in (0, 2, 3):
+        features.cache_features(see, bags, "x", rank=rank, world=4)
+    assert all(shard.with_suffix(".x.npy").exists() for shard in bags.shards)
+
+
+def test_other_weights_have_another_name_and_wrong_ones_a_sentence(folder, weights, tmp_path):
+    names = set()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        names.add(networks.features_name(networks.MRPLIP(2, 1, **TINY)))
+    assert len(names) == 2
+    argv = ("prepare.features", folder, "--size", "tiny", "--vision")
+    missing = script(*argv, tmp_path / "none.bin", before=add_tiny)
+    assert missing.returncode == 1 and "none.bin" in missing.stderr
+
+    def add_wide():
+        networks.SIZES["tiny"] = dict(TINY, vision=dict(TINY["vision"], size=96))
+
+    wide = script(*argv, weights, before=add_wide)
+    assert wide.returncode == 1
+    assert wide.stderr.strip().endswith("tile with --patch-px 96")

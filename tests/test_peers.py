@@ -1,0 +1,249 @@
+"""Other people's models: safetensors, Hugging Face's names, and the calls that protocols use.
+
+pytest tests/test_peers.py
+"""
+
+import argparse
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import script
+from test_model import clip_state, is_golden, sines, timm_state, waves
+
+import evaluate
+import model as networks
+import text
+from protocols import peers
+
+
+def huggingface_state(clip):
+    """Write the CLIP of `clip_state` down in the names of transformers' CLIPModel."""
+    out = {"logit_scale": clip["logit_scale"]}
+    out["visual_projection.weight"] = clip["visual.proj"].T
+    out["text_projection.weight"] = clip["text_projection"].T
+    pairs = {
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    }
+    for kind in ("weight", "bias"):
+        pairs[f"vision_model.pre_layrnorm.{kind}"] = f"visual.ln_pre.{kind}"
+        pairs[f"vision_model.post_layernorm.{kind}"] = f"visual.ln_post.{kind}"
+        pairs[f"text_model.final_layer_norm.{kind}"] = f"ln_final.{kind}"
+        for theirs, ours in (("vision_model.", "visual."), ("text_model.", "")):
+            for i in range(2):
+                a, b = f"{theirs}encoder.layers.{i}.", f"{ours}transformer.resblocks.{i}."
+                pairs[f"{a}layer_norm1.{kind}"] = f"{b}ln_1.{kind}"
+                pairs[f"{a}layer_norm2.{kind}"] = f"{b}ln_2.{kind}"
+                pairs[f"{a}mlp.fc1.{kind}"] = f"{b}mlp.c_fc.{kind}"
+                pairs[f"{a}mlp.fc2.{kind}"] = f"{b}mlp.c_proj.{kind}"
+                pairs[f"{a}self_attn.out_proj.{kind}"] = f"{b}attn.out_proj.{kind}"
+                parts = clip[f"{b}attn.in_proj_{kind}"].chunk(3)
+                for letter, part in zip("qkv", parts, strict=True):
+                    out[f"{a}self_attn.{letter}_proj.{kind}"] = part
+    return out | {theirs: clip[ours] for theirs, ours in pairs.items()}
+
+
+def arguments(*argv):
+    """Parse the flags of a model as every protocol does."""
+    parser = argparse.ArgumentParser()
+    peers.add_arguments(parser)
+    return parser.parse_args([str(word) for word in argv])
+
+
+# --------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+def test_huggingface_names_become_those_of_open_clip():
+    clip = clip_state()
+    found = peers.from_huggingface(huggingface_state(clip))
+    assert found.keys() == clip.keys()
+    assert all(torch.equal(found[name], clip[name]) for name in clip)
+
+
+def test_golden_huggingface():
+    """What transformers 5.24 computes from weights that anyone can write down."""
+    state = sines(huggingface_state(clip_state()))
+    state["text_model.embeddings.position_ids"] = torch.arange(9)
+    vit, tower = networks.load_clip(peers.from_huggingface(state))
+    v = vit.eval()(waves(32))[1, 0] @ vit.proj.T
+    assert is_golden(F.normalize(v, dim=-1), "hf image")
+    ids = torch.tensor([[38, 7, 39, 0, 0, 0, 0, 0, 0]])
+    assert is_golden(F.normalize(tower(ids)[1][0], dim=-1), "hf text")
+
+
+def test_a_part_of_a_huggingface_clip_is_one_sentence(tmp_path):
+    state = huggingface_state(clip_state())
+    for name in ("visual_projection.weight", "text_model.encoder.layers.1.self_attn.k_proj.bias"):
+        torch.save({k: x for k, x in state.items() if k != name}, tmp_path / "x.bin")
+        lacks = f"x.bin is no CLIP of Hugging Face: it lacks .*{name[-11:]}"
+        with pytest.raises(ValueError, match=lacks):
+            peers.read_state(tmp_path / "x.bin")
+
+
+# --------------------------------------------------------------------------------------------------
+# safetensors
+
+
+def write_safetensors(path, tensors, **change):
+    """Write what the format's description says: 8 bytes of length, a header, the raw tensors."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in tensors.items():
+        part = x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        place = [len(raw), len(raw) + len(part)]
+        about = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": place}
+        header[name] = about | change
+        raw += part
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + raw)
+
+
+def test_safetensors_of_every_kind_come_back(tmp_path):
+    path = tmp_path / "mixed.safetensors"
+    state = {"a": torch.arange(6.0).view(2, 3).half(), "b": torch.tensor(3)}
+    state |= {"c": torch.arange(4.0).bfloat16(), "d": torch.zeros(0, 5)}
+    write_safetensors(path, state)
+    found = peers.read_safetensors(path)
+    assert found.keys() == state.keys()
+    for name, x in state.items():
+        assert torch.equal(found[name], x) and found[name].dtype == x.dtype
+    # Writing into a tensor leaves the file alone.
+    found["a"] += 1
+    assert torch.equal(peers.read_safetensors(path)["a"], state["a"])
+
+
+def test_safetensors_are_those_of_the_package(tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    state = timm_state(64)
+    package.save_file(state, tmp_path / "uni.safetensors")
+    found = peers.read_safetensors(tmp_path / "uni.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_damaged_safetensors_are_one_sentence(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, timm_state(64))
+    whole = path.read_bytes()
+    damaged = [whole[:-10], whole[:100], whole[:5], b"", b"\xff" * 8 + whole[8:]]
+    damaged += [whole[:8] + b"[" + whole[9:], bytes(8) + whole[8:], b"hello world, no weights"]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.safetensors is no whole safetensors file"):
+            peers.read_state(path)
+    changes = [{"data_offsets": [-4, 0]}, {"data_offsets": [0, 10**12]}, {"shape": [3]}]
+    changes += [{"shape": [-1, -2]}, {"shape": None}, {"dtype": "F8"}, {"dtype": None}]
+    changes += [{"data_offsets": [0]}, {"data_offsets": ["0", "8"]}]
+    for change in changes:
+        write_safetensors(path, {"a": torch.zeros(2)}, **change)
+        with pytest.raises(ValueError, match="x.safetensors is no whole safetensors file"):
+            peers.read_safetensors(path)
+
+
+def test_the_command_rewrites_what_train_cannot_read(tmp_path):
+    clip = clip_state()
+    write_safetensors(tmp_path / "model.safetensors", huggingface_state(clip))
+    out = tmp_path / "sub/clip.pt"
+    script("protocols.peers", tmp_path / "model.safetensors", "--out", out, check=True)
+    state = networks.read_weights(out)
+    assert state.keys() == clip.keys()
+    assert all(torch.equal(state[name], clip[name]) for name in clip)
+    done = script("protocols.peers", tmp_path / "none.bin", "--out", tmp_path / "x.pt")
+    assert done.returncode == 1 and re.match("error: .*none.bin", done.stderr)
+    assert "Traceback" not in done.stderr and not (tmp_path / "x.pt").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Learn a small tokenizer and save it."""
+    found = text.Tokenizer.train(["benign lung tissue", "lung adenocarcinoma"], 300)
+    (tmp_path / "words.json").write_text(found.to_json())
+    return found
+
+
+def test_a_clip_has_the_calls_that_protocols_use(tmp_path, words):
+    clip = clip_state(vocab=words.end + 1)
+    write_safetensors(tmp_path / "plip.safetensors", huggingface_state(clip))
+    torch.save(clip, tmp_path / "clip.bin")
+    flags = ["--tokenizer", tmp_path / "words.json"]
+    plain = peers.load(arguments("--clip", tmp_path / "clip.bin", *flags))
+    other = peers.load(arguments("--clip", tmp_path / "plip.safetensors", *flags))
+    assert plain.name == "clip" and other.name == "plip"
+    assert plain.fingerprint == other.fingerprint
+    # The same file with another GELU gives other features and says so.
+    quick = peers.load(arguments("--clip", tmp_path / "clip.bin", *flags, "--quick-gelu"))
+    assert quick.fingerprint == plain.fingerprint + "-quick-gelu"
+    ids = plain.tokenizer.batch(["lung tissue"], plain.model.text.context)
+    assert not torch.allclose(plain.model.encode_text(ids), quick.model.encode_text(ids), atol=1e-4)
+
+    images = torch.rand(2, 3, 48, 48)
+    found = evaluate.embed_images(plain.model, images)
+    assert torch.allclose(found["image_embedding"].norm(dim=1), torch.ones(2), atol=1e-5)
+    assert found["backbone"].shape == (2, 64)
+    x = torch.rand(2, 3, 32, 32)
+    tokens = plain.model.vision(x)
+    by_hand = F.normalize(tokens[:, 0] @ clip["visual.proj"], dim=-1)
+    assert torch.allclose(plain.model.to_shared(tokens), by_hand, atol=1e-6)
+    assert evaluate.embed_texts(plain.model, plain.tokenizer, ["lung", "tissue"]).shape == (2, 24)
+
+
+def test_a_vit_alone_is_its_class_token(tmp_path):
+    (tmp_path / "uni").mkdir()
+    torch.save(timm_state(), tmp_path / "uni/pytorch_model.bin")
+    peer = peers.load(arguments("--vit", tmp_path / "uni/pytorch_model.bin"))
+    assert peer.name == "uni" and peer.tokenizer is None and peer.model.text is None
+    x = torch.rand(2, 3, 32, 32)
+    by_hand = F.normalize(peer.model.vision(x)[:, 0], dim=-1)
+    assert torch.equal(peer.model.to_shared(peer.model.vision(x)), by_hand)
+
+
+def test_random_is_the_same_each_time_and_a_run_brings_its_keywords(tmp_path, words):
+    first, again = peers.load(arguments("random")), peers.load(arguments("random"))
+    assert first.fingerprint == again.fingerprint and first.name == "random"
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.manual_seed(1)
+    model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
+    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, run / "ckpt.pt")
+    (run / "config.json").write_text(json.dumps({"size": "synthetic", "k_o": 3}))
+    (run / "tokenizer.json").write_text(words.to_json())
+    (run / "keywords.json").write_text(json.dumps(["mucin", "gland"]))
+    peer = peers.load(arguments(run))
+    assert (peer.name, peer.keywords, peer.k_o) == ("run", ["mucin", "gland"], 3)
+    assert peer.fingerprint == networks.fingerprint(model) != first.fingerprint
+    (run / "keywords.json").unlink()
+    assert list(peers.load(arguments(run)).keywords) == []
+
+
+def test_a_wrong_model_is_one_sentence(tmp_path, words):
+    torch.save(timm_state(), tmp_path / "uni.bin")
+    torch.save(clip_state(), tmp_path / "clip.bin")
+    (tmp_path / "note.txt").write_text("hello")
+    wrong = {
+        (): "name one model",
+        ("random", "--vit", tmp_path / "uni.bin"): "name one model",
+        ("--clip", tmp_path / "clip.bin"): "clip.bin needs --tokenizer FILE",
+        ("--vit", tmp_path / "clip.bin"): "clip.bin is not a plain ViT",
+        ("--vit", tmp_path / "note.txt"): "note.txt holds no weights",
+        ("--vit", tmp_path / "none.bin"): "none.bin holds no weights",
+        (tmp_path / "nowhere",): "nowhere holds no ckpt.pt",
+    }
+    flags = ("--tokenizer", tmp_path / "words.json")
+    wrong[("--clip", tmp_path / "uni.bin", *flags)] = "uni.bin is no CLIP in the names of open_clip"
+    wrong[("--clip", tmp_path / "clip.bin", *flags)] = "clip.bin belongs to another tokenizer"
+    wrong[("--clip", tmp_path / "clip.bin", "--tokenizer", tmp_path / "note.txt")] = "merge list"
+    for argv, message in wrong.items():
+        with pytest.raises(ValueError, match=message) as error:
+            peers.load(arguments(*argv))
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)

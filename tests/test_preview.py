@@ -1,0 +1,68 @@
+"""python -m pytest tests/test_preview.py -q"""
+
+import numpy as np
+from conftest import script
+from PIL import Image
+from test_data import picture, write
+
+import data
+from prepare import preview
+
+
+def run(*args):
+    return script("prepare.preview", *args)
+
+
+def test_what_a_slide_holds(tmp_path):
+    path = write(tmp_path / "a.svs", picture(512, 512), downs=(4,))
+    r = run(path)
+    assert r.returncode == 0 and r.stderr == ""
+    lines = r.stdout.splitlines()
+    assert "512 x 512 pixels, 0.25 um/px (Aperio MPP), tiles of 256 x 256" in lines[1]
+    assert lines[2:4] == [
+        "  level 0: 512 x 512, downsample 1, 0.25 um/px",
+        "  level 1: 128 x 128, downsample 4, 1 um/px",
+    ]
+    assert lines[4] == "   5x, 2 um/px: from level 1, reduced 2 times"
+    assert lines[7] == "  40x, 0.25 um/px: from level 0, reduced 1 times"
+    assert lines[8] == "  a bag: 85 of 85 nodes, 1024 um wide"
+    coarse = run(path, "--mpp", 0.5, "--fov-px", 64).stdout
+    assert "40x, 0.25 um/px: not in this slide" in coarse and "a bag: 21 of 85 nodes" in coarse
+    assert "in doubt: 0.5 um/px (--mpp) contradicts 0.25 (Aperio MPP)" in coarse
+
+
+def test_the_picture_shows_parents_and_one_bag(tmp_path):
+    path = write(tmp_path / "a.svs", picture(1024, 1024, glass=300))
+    r = run(path, "--out", tmp_path / "new" / "p.png", "--fov-px", 32)
+    assert r.returncode == 0, r.stderr
+    page = np.asarray(Image.open(tmp_path / "new" / "p.png")).astype(int)
+    # The slide is on the left, the bag of four panels on the right.
+    assert page.shape[1] > 2 * preview.PANEL + 300 and page.shape[0] > 2 * preview.PANEL
+    for colour in ((255, 165, 0), (0, 0, 205), (255, 215, 0), (0, 140, 60)):
+        assert (page == colour).all(-1).any(), colour
+    # One frame a panel at 5x, 10x and 20x, none at 40x.
+    yellow = (page == (255, 215, 0)).all(-1)
+    assert not yellow[-preview.PANEL // 2 :, -preview.PANEL :].any()
+
+
+def test_panels_show_what_the_slide_holds(tmp_path):
+    """The 5x panel is the parent, read at the panel's size."""
+    path = write(tmp_path / "a.svs", picture(512, 512))
+    with data.Slide(path) as slide:
+        bag = data.choose_parents(slide, fov_px=32)[0]
+        image = np.asarray(preview.draw_bag(slide, bag, 32))
+        inner = slide.read(*bag[:3], preview.PANEL - 2)
+        corner = image[preview.TOP + 3 : preview.TOP + 200, 3:200]
+        assert (corner == inner[2:199, 2:199]).all()
+
+
+def test_slides_without_parents_and_mistakes(tmp_path):
+    blank = write(tmp_path / "blank.svs", np.full((512, 512, 3), 245, np.uint8))
+    assert run(blank, "--out", tmp_path / "p.png", "--fov-px", 32).returncode == 0
+    assert Image.open(tmp_path / "p.png").width > 100
+    (tmp_path / "text.svs").write_text("x")
+    cases = ((tmp_path / "text.svs", "text.svs"), (tmp_path / "no.svs", "copy it again"))
+    for path, words in cases:
+        r = run(path)
+        assert r.returncode == 1 and words in r.stderr
+        assert r.stderr.startswith("error: ") and r.stderr.count("\n") == 1

@@ -1,0 +1,269 @@
+"""Slides asked by text: pooling by hand, outlines of any shape, attention MIL, both commands.
+
+pytest tests/test_slides.py
+"""
+
+import json
+import shutil
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+
+import data
+import evaluate
+import model as networks
+import text
+from protocols import heatmap, mil, peers, slides
+
+# --------------------------------------------------------------------------------------------------
+# Pooling and attention
+
+
+def test_pooling_takes_the_best_patches():
+    """MI-Zero: one glowing patch decides at j = 1; at j = 50 of 64 the many faint ones do."""
+    s = np.full((1, 85, 2), 0.1)
+    s[..., 1] = 0.2
+    s[0, 84, 0] = 1
+    pooled = mil.pool_slide(s)
+    assert pooled["40x"]["1"].argmax() == 0 and pooled["40x"]["50"].argmax() == 1
+    assert pooled["5x"]["100"].tolist() == pytest.approx([0.1, 0.2])
+    # Merged is the sum of what is left above the centres.
+    assert pooled["merged"]["1"].tolist() == pytest.approx([1.3, 0.8])
+    centre = np.arange(8).reshape(4, 2) / 10
+    centred = mil.pool_slide(s, centre)["merged"]["1"]
+    assert centred.tolist() == pytest.approx([1.3 - 1.2, 0.8 - 1.6])
+    # A magnification that a slide has not is left out, also of the sum.
+    s[:, 21:] = np.nan
+    pooled = mil.pool_slide(s)
+    assert set(pooled) == {"5x", "10x", "20x", "merged"}
+    assert pooled["merged"]["1"].tolist() == pytest.approx([0.3, 0.6])
+
+
+def test_attention_finds_the_patch_that_matters():
+    """One patch of thirty says what a slide is; the mean of them says nearly nothing."""
+    rng = np.random.default_rng(0)
+    y = np.arange(24) % 2
+    bags = [torch.tensor(rng.normal(size=(30, 8)), dtype=torch.float32) for _ in y]
+    for x, c in zip(bags, y, strict=True):
+        x[3] = 0
+        x[3, c] = 6
+    found = mil.measure_mil(bags, y, 2, np.arange(24), folds=2)
+    assert found["accuracy"] > 0.9 and found["n"] == 24 and "auroc" in found["interval"]
+    logits, attention = mil.GatedAttention(8, 2).eval()(bags[0])
+    assert logits.shape == (2,) and len(attention) == 30
+    assert attention.sum().item() == pytest.approx(1)
+
+
+def test_nodes_are_labelled_against_the_mean_of_the_slide():
+    s = np.full((1, 85, 2), np.nan)
+    s[0, 1:5] = [[0.9, 0.5], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]
+    labels = slides.label_nodes(s, 1)
+    # The first class is always ahead, but only the second one varies.
+    assert labels[0, 1:5].tolist() == [1, 0, 0, 0] and (np.delete(labels[0], range(1, 5)) < 0).all()
+    one = slides.label_nodes(s[..., 1:], 1, share=0.25)
+    assert one[0, 1:5].tolist() == [0, -1, -1, -1]
+    places = slides.best_places(s, [(100, 200, 80)], 1, ["a", "b"], most=9)
+    assert len(places["a"]) == 4
+    assert places["b"][0] == {"x": 100, "y": 200, "side": 40, "cosine": 0.5}
+
+
+# --------------------------------------------------------------------------------------------------
+# Outlines
+
+
+def is_inside(shapes, x, y):
+    """Tell by a ray to the right whether the centre of a cell lies inside the rings."""
+    crossings = 0
+    for ring in [ring for shape in shapes for ring in shape]:
+        for (x1, y1), (_, y2) in zip(ring, ring[1:], strict=False):
+            if x1 > x + 0.5 and min(y1, y2) <= y < max(y1, y2):
+                crossings += np.sign(y2 - y1)
+    return crossings == 1
+
+
+def test_outlines_by_hand():
+    found = heatmap.outlines(np.ones((2, 3), bool))
+    assert found == [[[(0, 0), (3, 0), (3, 2), (0, 2), (0, 0)]]]
+    ring = np.ones((3, 3), bool)
+    ring[1, 1] = False
+    ((outer, hole),) = heatmap.outlines(ring)
+    assert heatmap.ring_area(outer) == 9 and heatmap.ring_area(hole) == -1
+    # What touches at corners only stays apart.
+    assert len(heatmap.outlines(np.eye(3, dtype=bool))) == 3
+    assert heatmap.outlines(np.zeros((2, 2), bool)) == []
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.8])
+def test_outlines_of_random_masks(density):
+    mask = np.random.default_rng(0).random((15, 20)) < density
+    shapes = heatmap.outlines(mask)
+    assert sum(heatmap.ring_area(ring) for shape in shapes for ring in shape) == mask.sum()
+    for outer, *holes in shapes:
+        assert heatmap.ring_area(outer) > 0 and all(heatmap.ring_area(hole) < 0 for hole in holes)
+        for ring in (outer, *holes):
+            # No corner twice: no ring crosses itself.
+            assert ring[0] == ring[-1] and len(set(ring)) == len(ring) - 1
+    found = [[is_inside(shapes, x, y) for x in range(20)] for y in range(15)]
+    assert (np.array(found) == mask).all()
+
+
+def test_geojson_lies_where_the_nodes_lie():
+    labels = np.full((2, 85), -1)
+    labels[0, 1] = 0
+    labels[1, 1:5] = 1
+    parents = [(1000, 2000, 512), (1512, 2000, 512)]
+    a, b = json.loads(heatmap.geojson(parents, labels, 1, ["a", "b"]))["features"]
+    square = [[1000, 2000], [1256, 2000], [1256, 2256], [1000, 2256], [1000, 2000]]
+    assert a["geometry"]["coordinates"] == [square]
+    square = [[1512, 2000], [2024, 2000], [2024, 2512], [1512, 2512], [1512, 2000]]
+    assert b["geometry"]["coordinates"] == [square]
+    assert b["properties"]["classification"]["name"] == "b"
+
+
+def test_colours_rise_in_brightness():
+    rgb = heatmap.colour(np.linspace(0, 1, 9)).astype(float)
+    assert (np.diff(rgb @ [0.3, 0.6, 0.1]) > 0).all()
+    assert heatmap.class_colour(3) != heatmap.class_colour(13)
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Make a run folder as train.py leaves it, untrained."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    words = text.Tokenizer.train(["signet ring cells, stroma only, fat"] * 2, 560)
+    torch.manual_seed(0)
+    model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
+    data.write_whole(folder / "config.json", json.dumps({"size": "synthetic", "k_o": 2}))
+    data.write_whole(folder / "tokenizer.json", words.to_json())
+    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, folder / "ckpt.pt")
+    classes = {"cells": ["signet ring cells", "cells"], "stroma": "stroma only", "fat": "fat"}
+    data.write_whole(folder / "classes.json", json.dumps(classes))
+    return folder
+
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["slides", *map(str, argv)])
+    slides.main()
+
+
+def test_a_slide_goes_in_and_outlines_come_out(run, world, tmp_path, monkeypatch, capsys):
+    path = next((world / "slides").glob("*.svs"))
+    argv = (run, path, "--classes", run / "classes.json", "--fov-px", 64, "--out", tmp_path)
+    command(monkeypatch, *argv)
+    record = json.loads((tmp_path / "slides.json").read_text())["slides"][path.name]
+    assert set(record["found"]) == {"5x", "10x", "20x", "40x", "merged"}
+    assert set(record["found"]["merged"]["10"]) == {"cells", "stroma", "fat"}
+    assert Image.open(tmp_path / f"{path.name}.classes.png").width > 900
+    collection = json.loads((tmp_path / f"{path.name}.classes.geojson").read_text())
+    peer = peers.load(slides.parse([str(run), "x.svs", "--text", "fat"]))
+    with data.Slide(path) as slide:
+        size, side = slide.size, 64 * data.mpp_of(20) / slide.mpp
+        _, s = slides.score_slide(peer, slide, torch.eye(128)[:3], 64)
+    area = 0.0
+    for feature in collection["features"]:
+        assert feature["type"] == "Feature" and feature["geometry"]["type"] == "Polygon"
+        assert feature["properties"]["classification"]["name"] in ("cells", "stroma", "fat")
+        for k, ring in enumerate(feature["geometry"]["coordinates"]):
+            assert ring[0] == ring[-1] and len(ring) >= 5
+            assert all(0 <= x <= size[0] and 0 <= y <= size[1] for x, y in ring)
+            # Outer rings run one way, holes the other.
+            assert (heatmap.ring_area(ring) > 0) == (k == 0)
+            area += heatmap.ring_area(ring)
+    # Every 20x patch with tissue is in exactly one outline, and nothing else is.
+    patches = (~np.isnan(s[:, data.LEVEL == 2, 0])).sum()
+    assert area == pytest.approx(patches * side**2)
+
+    # The same command reads nothing again; other settings do.
+    monkeypatch.setattr(slides, "ask_slide", lambda *_: pytest.fail("read again"))
+    command(monkeypatch, *argv)
+    monkeypatch.setattr(slides, "ask_slide", lambda *_: record)
+    command(monkeypatch, *argv, "--level", "10x")
+    assert "written anew" in capsys.readouterr().out
+
+
+def test_where_is_it_and_a_slide_that_cannot_be_read(run, world, tmp_path, monkeypatch):
+    path = next((world / "slides").glob("*.svs"))
+    (tmp_path / "broken.svs").write_bytes(path.read_bytes()[:5000])
+    argv = [run, tmp_path / "broken.svs", path, "--text", "stroma only", "fat"]
+    argv += ["--level", "10x", "--fov-px", "64", "--out", tmp_path / "out"]
+    done = script("protocols.slides", *argv)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: 1 of 2 slides could not be read, see above"
+    assert "left out" in done.stderr and "broken.svs is missing or truncated" in done.stderr
+    assert "| stroma only |" in done.stdout
+    stored = json.loads((tmp_path / "out/places.json").read_text())["slides"]
+    assert set(stored) == {path.name}
+    best = stored[path.name]["found"]["fat"]
+    assert len(best) == 3 and best[0]["cosine"] >= best[1]["cosine"]
+    shapes = json.loads((tmp_path / f"out/{path.name}.text.geojson").read_text())
+    assert shapes["features"] and (tmp_path / f"out/{path.name}.text.png").exists()
+
+
+def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch, capsys):
+    """Shards as a lab has just tiled them, with a table of slides and patients."""
+    monkeypatch.setattr(mil, "fit_mil", partial(mil.fit_mil, epochs=1))
+    shutil.copytree(world / "train", tmp_path / "bags")
+    names = sorted(set(data.Bags(tmp_path / "bags").slides))
+    rows = [f"{name},{'ab'[i % 2]},p{i // 2}\n" for i, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(rows))
+    (tmp_path / "ab.json").write_text('{"a": ["stroma only"], "b": "fat", "c": "cells"}')
+    argv = [run, "--data", tmp_path / "bags", "--labels", tmp_path / "labels.csv"]
+    argv += ["--classes", tmp_path / "ab.json", "--folds", 3, "--out", tmp_path / "out"]
+    command(monkeypatch, *argv)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    pooled, learned = found["slides"]["bags"], found["mil"]["bags"]
+    assert set(pooled) == {"best 1", "best 5", "best 10", "best 50", "best 100"}
+    assert pooled["best 1"]["merged"]["n"] == learned["20x"]["n"] == len(names)
+    assert pooled["best 1"]["20x"]["groups"] == learned["20x"]["groups"] == len(names) // 2
+    assert found["about"]["mil"]["split"] == "3 folds by patient"
+    kept = list((tmp_path / "out/features").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "embed", lambda *_: pytest.fail("read again"))
+        command(patch, *argv)
+    assert len(kept) == len(names)
+
+    # Test slides are measured, unless a patient is in train as well.
+    argv[2] = world
+    test = sorted(set(data.Bags(world / "test").slides))
+    for who, n in (("q", len(test)), ("p0", len(names) + len(test))):
+        more = [f"{name},{'ab'[i % 2]},{who}{i or ''}\n" for i, name in enumerate(test)]
+        (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(rows + more))
+        command(monkeypatch, *argv)
+        found = json.loads((tmp_path / "out/results.json").read_text())
+        assert found["mil"][world.name]["5x"]["n"] == n
+        assert found["slides"][world.name]["best 10"]["5x"]["n"] == n
+    assert "1 patients are in both train and test" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence(run, world, tmp_path, monkeypatch):
+    path = next((world / "slides").glob("*.svs"))
+    classes = run / "classes.json"
+    (tmp_path / "other.csv").write_text("slide,label\nother,fat\n")
+    (tmp_path / "empty.csv").write_text("slide,class\nother,fat\n")
+    shards = (run, "--data", world / "train", "--labels")
+    wrong = {
+        (run,): "give slide files, or --data",
+        (run, path): "need --classes NAME.JSON .* or --text",
+        (run, path, "--classes", classes, "--text", "fat"): "need --classes",
+        (run, "--data", world): "with --labels CSV",
+        (run, path, "--text", "fat", "--fov-px", "3"): "--fov-px needs 16",
+        (run, path, "--classes", tmp_path / "none.json"): "none.json is neither a JSON file",
+        ("random", path, "--text", "fat"): "random reads no text",
+        (run, tmp_path / "none.svs", "--text", "fat"): "none.svs is no slide",
+        (*shards, tmp_path / "other.csv"): "--labels names none of the slides",
+        (*shards, tmp_path / "empty.csv"): "empty.csv is no table of slide,label",
+        (*shards, tmp_path / "other.csv", "--text", "fat"): "not in shards",
+    }
+    for argv, message in wrong.items():
+        with pytest.raises(ValueError, match=message) as said:
+            command(monkeypatch, *argv, *(() if "--out" in argv else ("--out", tmp_path / "o")))
+        assert len(str(said.value)) < 400 and "\n" not in str(said.value)
