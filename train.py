@@ -232,6 +232,8 @@ class Batches(Dataset):
         self.M = max(1, round(cfg.pairs * self.B))
         self.sizes = torch.tensor([cfg.children**k for k in range(4)])  # nodes a magnification
         self.features, self.textual_bags, self.pixels = None, {}, {}
+        # Augment here if there is no GPU: the loop computes meanwhile.
+        self.augments = cfg.device == "cpu"
         # Keep decoded bags in memory if all fit: a CPU decodes longer than it does all else.
         self.keep = len(bags) * 3 * (8 * bags.S) ** 2 < 2e9
 
@@ -278,8 +280,7 @@ class Batches(Dataset):
             corner = (1 - side) * torch.rand(G, 2, generator=g)
             batch["window"] = torch.cat([side, corner], 1)[mine]  # side, top, left
         batch["pixels"] = torch.stack([self.read_pixels(j) for j in index])
-        # Augment here if there is no GPU: the loop computes meanwhile.
-        if cfg.device == "cpu":
+        if self.augments:
             batch["patches"] = data.augment(batch, cfg.jitter)
             del batch["pixels"]
         return batch

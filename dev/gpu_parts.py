@@ -172,7 +172,9 @@ def paper_batches(folder, cfg, slides=1):
     words = text.Tokenizer.train((c for key in bags.keys for c in captions[key] if c), 1500)
     corpus = train.count_keywords(bags, captions, int)
     context = networks.SIZES["paper"]["text"]["context"]
-    return train.Batches(bags, captions, words, corpus, cfg, context), words
+    batches = train.Batches(bags, captions, words, corpus, cfg, context)
+    batches.augments = False  # as on a GPU
+    return batches, words
 
 
 def prepare():
