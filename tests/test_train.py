@@ -213,6 +213,8 @@ import torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 import train
 train.main(sys.argv[1:])
+sys.stdout.flush()
+train.os._exit(0)
 """
 
 
@@ -341,6 +343,8 @@ import data, train
 augment = data.augment
 data.augment = lambda batch, jitter: augment(batch, jitter).double()
 train.main(sys.argv[1:])
+sys.stdout.flush()
+train.os._exit(0)
 """
 
 
