@@ -3,8 +3,8 @@
     python evaluate.py RUN                  # on the run's own data -> RUN/results.json and tables
     python evaluate.py RUN --data SHARDS    # on other shards       -> RUN/NAME/results.json
 
-SHARDS holds test/ and train/ with shards of data.py, or is itself a folder of shards. Two kinds of
-files say what can be asked. A lab writes its own; prepare/world.py writes those of its world.
+SHARDS holds test/ and train/ with shards, or is itself a folder of shards. Two kinds of files say
+what can be asked. A lab writes its own; prepare/world.py writes those of its world.
 
     SHARDS/classes.json   {"facts": {fact: {class: [names]}}, "templates": ["{}", "image of {}"]}
     bags-*.truth.jsonl    {"key": bag, "node": 0..84, fact: class or null}    beside each shard

@@ -404,7 +404,7 @@ def take(x, index):
 class Objective(nn.Module):
     """Compute all losses of a batch, in the paper's order: batch -> (losses, monitors).
 
-    Both are dicts of scalars. train.Batches documents the batch. A loss whose weight in cfg is 0 is
+    Both are dicts of scalars. data.Batches documents the batch. A loss whose weight in cfg is 0 is
     not computed. To add one: write it above, call it in forward, weigh it in train.Config.
     """
 

@@ -8,9 +8,9 @@
 
 Plain `python train.py` does the same on one process. The same command continues where the last one
 stopped, on as many processes as you like. --data DIR holds DIR/train and DIR/test, each with shards
-(`data.py tile`) and captions (`python -m prepare.captions`).
+(`python -m prepare.tile`) and captions (`python -m prepare.captions`).
 
-Read Batches for what a step sees, then main from top to bottom. The method is losses.Objective.
+Read main from top to bottom. data.Batches is what a step sees, losses.Objective is the method.
 
 References: [1] MR-PLIP, CVPR 2025.
 """
@@ -36,13 +36,11 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -197,207 +195,6 @@ def check(cfg):
     if cfg.cache and (cfg.zoom or not cfg.freeze_vision):
         raise ValueError("--cache needs --freeze_vision true and no --zoom: features are fixed")
     return cfg
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches: batch i is a function of (seed, i). So a killed run needs no saved loader, two processes
-# see what one would, and all random numbers of a step are in its batch.
-
-
-class Batches(Dataset):
-    """Build micro-batch i: the rows of this process, B of its G bags.
-
-    pixels         [B, 3, 8S, 8S] uint8   the bags, with stain [B, 2, 3], flips [B], window [B, 3],
-                                          of which data.augment makes the patches
-    patches        [B, N, 3, S, S]        in place of pixels if there is no GPU
-    tokens         [B, N, V, Dv] float16  in place of pixels: cached features
-    bag            [B]                    number of the bag: its patches are kin
-    nodes          [B, N]                 node numbers 0 .. 84
-    valid          [B, N] bool            the node holds tissue, and the slide its magnification
-    weight         [B, N]                 1 / (nodes of that magnification), or 1; 0 if not valid
-    ids            [B, N, T]              caption of each node
-    caption_rows   [M]                    nodes that ITM, MLM and PLM read: bag x N + n
-    rand_mask      [M, 3, context + 1]    uniform draws for MLM, rand_prefix [M] for PLM,
-                                          rand_negative [M, 2] for ITM
-    keywords       [U, T]                 every distinct keyword; keyword_real [U]: no padding
-    bag_keywords   [B, K]                 which of them a bag has; w_valid [B, K]: no padding
-    own            [B, N, K] bool         the node's own caption names the keyword
-    free           [B, N] bool            the node may select any keyword, not only its own
-    """
-
-    def __init__(self, bags, captions, tokenizer, corpus, cfg, context, rank=0, world=1):
-        self.bags, self.captions, self.tokenizer, self.corpus = bags, captions, tokenizer, corpus
-        self.cfg, self.context, self.rank, self.world = cfg, context, rank, world
-        self.B = cfg.bags // (cfg.accumulate * world)
-        self.M = max(1, round(cfg.pairs * self.B))
-        self.sizes = torch.tensor([cfg.children**k for k in range(4)])  # nodes a magnification
-        self.features, self.textual_bags, self.pixels = None, {}, {}
-        # Augment here if there is no GPU: the loop computes meanwhile.
-        self.augments = cfg.device == "cpu"
-        # Keep decoded bags in memory if all fit: a CPU decodes longer than it does all else.
-        self.keep = len(bags) * 3 * (8 * bags.S) ** 2 < 2e9
-
-    def __len__(self):
-        return self.cfg.steps * self.cfg.accumulate
-
-    def __getitem__(self, i):
-        cfg, B, G = self.cfg, self.B, self.B * self.world
-        mine = slice(self.rank * B, self.rank * B + B)
-        # Draw for all G bags: what a bag gets must not depend on the process that has it.
-        g = torch.Generator().manual_seed(hash((cfg.seed, i)) % 2**63)
-        listed = [self.bag_at(i * G + j) for j in range(G)]
-        index = listed[mine]
-        nodes = data.sample_nodes(G, cfg.children, g)[mine]  # [B, N]
-        valid = self.bags.valid[index].gather(1, nodes)  # [B, N]
-        batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid}
-        batch |= self.draw_pairs(valid, g)
-        batch["free"] = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
-        batch["weight"] = valid.float()
-        if cfg.balance:
-            batch["weight"] = valid / self.sizes.repeat_interleave(self.sizes)
-
-        # Captions of the nodes, keywords of the bags.
-        spoken = []
-        for j, row in zip(index, nodes.tolist(), strict=True):
-            said = self.captions[self.bags.keys[j]]
-            spoken.append([said[n] or "" for n in row])
-        ids = self.tokenizer.batch([c for row in spoken for c in row], self.context)
-        if self.world == 1:  # several processes exchange rows, so theirs keep one length
-            ids = text.trim(ids, self.tokenizer.end)
-        batch["ids"] = ids.view(*nodes.shape, -1)
-        batch |= self.find_keywords(index, listed if cfg.negatives == "batch" else index, spoken)
-
-        # Pixels, with the draws of their augmentation; or the features of a frozen tower.
-        if self.features:
-            read = [self.features(j, row) for j, row in zip(index, nodes, strict=True)]
-            return batch | {"tokens": torch.stack(read)}
-        if cfg.flips:
-            batch["flips"] = torch.randint(0, 8, (G,), generator=g)[mine]
-        if cfg.jitter:
-            batch["stain"] = torch.rand(G, 2, 3, generator=g)[mine]
-        if cfg.zoom:
-            side = 1 - cfg.zoom * torch.rand(G, 1, generator=g)
-            corner = (1 - side) * torch.rand(G, 2, generator=g)
-            batch["window"] = torch.cat([side, corner], 1)[mine]  # side, top, left
-        batch["pixels"] = torch.stack([self.read_pixels(j) for j in index])
-        if self.augments:
-            batch["patches"] = data.augment(batch, cfg.jitter)
-            del batch["pixels"]
-        return batch
-
-    def bag_at(self, position):
-        """Return the bag at a position in the endless row of epochs, each a new permutation."""
-        epoch, offset = divmod(position, len(self.bags))
-        if getattr(self, "epoch", None) != epoch:
-            rng = np.random.default_rng([self.cfg.seed, epoch])
-            self.epoch, self.order = epoch, rng.permutation(len(self.bags))
-        return int(self.order[offset])
-
-    def read_pixels(self, i):
-        """Read bag i, uint8 [3, 8S, 8S]."""
-        if i in self.pixels:
-            return self.pixels[i]
-        image = self.bags[i]["image"]
-        if self.keep:
-            self.pixels[i] = image
-        return image
-
-    def free_share(self, i):
-        """Return the share of nodes that may select any keyword: 0, then a ramp to 1."""
-        done = i // self.cfg.accumulate / self.cfg.steps
-        bound = self.cfg.own_captions
-        return min(1.0, max(0.0, (done - bound) / 0.1)) if bound else 1.0
-
-    def draw_pairs(self, valid, g):
-        """Draw the M nodes that the caption losses read, and the random numbers of these rows.
-
-        Magnifications take turns. A node is drawn among the valid ones of its magnification; if
-        there is none, an invalid one stands in, which the masks drop.
-        """
-        (B, N), M = valid.shape, self.M
-        shift = int(torch.randint(0, 4, (), generator=g))
-        score = torch.rand(B * self.world, N, generator=g)[self.rank * B : self.rank * B + B]
-        score = (score + valid).split(self.sizes.tolist(), 1)  # 4 x [B, nodes]
-        first, pairs = (self.sizes.cumsum(0) - self.sizes).tolist(), []
-        for k in range(M):
-            bag, magnification = k * B // M, (k + self.rank * M + shift) % 4
-            best = int(score[magnification][bag].argmax())
-            pairs.append(bag * N + first[magnification] + best)
-        out = {"caption_rows": torch.tensor(pairs)}
-        mine, G = slice(self.rank * M, self.rank * M + M), M * self.world
-        mask = torch.rand(G, 3, self.context, generator=g)[mine]
-        # Keep one column more than any caption: a slice that is the whole tensor would make the
-        # compiler fix the length of captions.
-        out["rand_mask"] = F.pad(mask, (0, 1))
-        out["rand_prefix"] = torch.rand(G, generator=g)[mine]
-        out["rand_negative"] = torch.rand(G, 2, generator=g)[mine]
-        return out
-
-    def textual_bag(self, i):
-        """Return the keywords of bag i, at most K."""
-        if i not in self.textual_bags:
-            if len(self.textual_bags) == 4096:
-                self.textual_bags.clear()
-            captions = self.captions[self.bags.keys[i]]
-            self.textual_bags[i] = text.keyword_bag(captions, self.cfg.keywords, self.corpus)
-        return self.textual_bags[i]
-
-    def find_keywords(self, index, listed, spoken):
-        """Build the keyword tensors of bags `index`; U counts the keywords of bags `listed`."""
-        B, N, K = len(index), len(spoken[0]), self.cfg.keywords
-        distinct = sorted({k for i in listed for k in self.textual_bag(i)}) or [""]
-        number = {k: u for u, k in enumerate(distinct)}
-        bag_keywords = torch.zeros(B, K, dtype=torch.long)
-        w_valid = torch.zeros(B, K, dtype=torch.bool)
-        own = torch.zeros(B, N, K, dtype=torch.bool)
-        for j, i in enumerate(index):
-            bag = self.textual_bag(i)
-            bag_keywords[j, : len(bag)] = torch.tensor([number[k] for k in bag]).long()
-            w_valid[j, : len(bag)] = True
-            own[j, :, : len(bag)] = torch.from_numpy(text.keyword_owners(spoken[j], bag))
-        # Pad U to a multiple of 64, so that the compiler sees few shapes.
-        padded = distinct + [""] * (-len(distinct) % 64)
-        ids = text.trim(self.tokenizer.batch(padded, self.context), self.tokenizer.end)
-        out = {"keywords": ids, "keyword_real": torch.arange(len(padded)) < len(distinct)}
-        return out | {"bag_keywords": bag_keywords, "w_valid": w_valid, "own": own}
-
-
-def check_captions(bags, captions):
-    """Yield every caption of bags; ValueError if a valid node has none."""
-    for i, key in enumerate(tqdm(bags.keys, desc="keywords", unit="bag", leave=False)):
-        said = captions[key]
-        for n in range(data.NODES):
-            if bags.valid[i, n] and not said[n]:
-                remedy = "give every patch one with `python -m prepare.captions`"
-                raise ValueError(f"{bags.folder}: node {n} of {key} has no caption: {remedy}")
-        yield from said
-
-
-def count_keywords(bags, captions, barrier):
-    """Count the keywords of all captions on rank 0; keep the counts beside the shards."""
-    path = bags.folder / "keywords.json"
-    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]
-    corpus = json.loads(path.read_text()) if path.exists() else {}
-    if networks.rank() == 0 and corpus.get("stamp") != stamp:
-        corpus = text.count_corpus(check_captions(bags, captions)) | {"stamp": stamp}
-        data.write_whole(path, json.dumps(corpus, ensure_ascii=False))
-    barrier()
-    return json.loads(path.read_text())
-
-
-def open_features(bags, name):
-    """Open the features of this name (prepare.features) -> function (bag, nodes [N]) to tokens."""
-    first = np.searchsorted(bags.shard_of, np.arange(len(bags.shards)))
-
-    def read(i, nodes):
-        shard = bags.shards[bags.shard_of[i]]
-        path = shard.with_suffix(f".{name}.npy")
-        if not path.exists() or path.stat().st_mtime < shard.stat().st_mtime:
-            raise ValueError(f"{path} is missing or older than its shard: run prepare.features")
-        row = i - first[bags.shard_of[i]]
-        return torch.from_numpy(np.load(path, mmap_mode="r")[row, nodes.numpy()])  # [N, V, Dv]
-
-    return read
 
 
 # --------------------------------------------------------------------------------------------------
@@ -667,7 +464,10 @@ def main(argv):
         make_world(cfg.data)
     barrier()
     bags, captions = data.Bags(folder / "train"), text.Captions(folder / "train")
-    corpus = count_keywords(bags, captions, barrier)
+    if rank == 0:
+        data.count_keywords(bags, captions)
+    barrier()
+    corpus = data.count_keywords(bags, captions)
     if cfg.eval_every:  # look now, not after three days
         test, test_captions = data.Bags(folder / "test"), text.Captions(folder / "test")
 
@@ -699,11 +499,11 @@ def main(argv):
 
     # Loader: batch i is a function of i, so the sampler is just the numbers that are left.
     more = (tokenizer, corpus, cfg, model.text.context, rank, world)
-    batches = Batches(bags, captions, *more)
-    held_out = Batches(test, test_captions, *more) if cfg.eval_every else batches
+    batches = data.Batches(bags, captions, *more)
+    held_out = data.Batches(test, test_captions, *more) if cfg.eval_every else batches
     if cfg.cache:
-        batches.features = open_features(bags, name)
-        held_out.features = open_features(held_out.bags, name)
+        batches.features = data.open_features(bags, name)
+        held_out.features = data.open_features(held_out.bags, name)
     left = range(step * cfg.accumulate, len(batches))
     loader = DataLoader(
         batches, batch_size=None, sampler=left, num_workers=cfg.workers, worker_init_fn=settle,

@@ -35,6 +35,8 @@ import text
 from dev import gpu_parts as parts
 from dev.gpu_parts import ARGS, COPY, DEVICE, GPU, PRODUCTS, autocast, count_flops, on_device
 from prepare import paint
+from prepare.slide import Slide
+from prepare.tile import tile
 
 try:
     from timm.models.vision_transformer import VisionTransformer
@@ -113,8 +115,8 @@ def bench_data(folder):
     """Measure a slide of one parent of 4,096 px, as the paper's at 40x."""
     path = Path(folder) / "slide.svs"
     path.write_bytes(paint.paint_slide(0, 0, 4096)[0])
-    stages = [Stage("tile", lambda: data.tile([path], tempfile.mkdtemp(dir=folder)), TILES)]
-    with data.Slide(path, threads=1) as slide:
+    stages = [Stage("tile", lambda: tile([path], tempfile.mkdtemp(dir=folder)), TILES)]
+    with Slide(path, threads=1) as slide:
         read = functools.partial(slide.read, 0, 0, 4096, 4096)
         stages.append(Stage("read a bag, one thread", read, TILES))
         if openslide:

@@ -165,14 +165,14 @@ def settings(*flags):
 
 
 def paper_batches(folder, cfg, slides=1):
-    """Make bags as large as the paper's in a folder -> (train.Batches, its tokenizer)."""
+    """Make bags as large as the paper's in a folder -> (data.Batches, its tokenizer)."""
     side = networks.SIZES["paper"]["vision"]["size"]
     make_world(folder, train=slides, test=1, patch_px=side, words=0)
     bags, captions = data.Bags(Path(folder) / "train"), text.Captions(Path(folder) / "train")
     words = text.Tokenizer.train((c for key in bags.keys for c in captions[key] if c), 1500)
-    corpus = train.count_keywords(bags, captions, int)
+    corpus = data.count_keywords(bags, captions)
     context = networks.SIZES["paper"]["text"]["context"]
-    batches = train.Batches(bags, captions, words, corpus, cfg, context)
+    batches = data.Batches(bags, captions, words, corpus, cfg, context)
     batches.augments = False  # as on a GPU
     return batches, words
 

@@ -18,6 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+from prepare.slide import Slide, find_slides, mpp_table, slide_key
+from prepare.tile import tissue_fraction, tissue_mask, write_bags
 
 # A described square is so many pixels of the finest level wide.
 SQUARE = 672
@@ -75,23 +77,23 @@ def place_bags(size, mpp, squares, fov_px):
 
 def make_shard(path, squares, out, mpp, settings):
     """Write shard, captions and index of a slide, unless it has them -> number of captions."""
-    key = data.slide_key(path)
+    key = slide_key(path)
     index_path = out / f"bags-{key}.index.json"
     captions_path = out / f"bags-{key}.captions.jsonl"
     if index_path.exists():
         if json.loads(index_path.read_bytes())["settings"] != settings:
             raise ValueError(f"{index_path} was made with other settings: choose another --out")
         return captions_path.read_bytes().count(b"\n")
-    with data.Slide(path, mpp) as slide:
+    with Slide(path, mpp) as slide:
         bags, rows = place_bags(slide.size, slide.mpp, squares, settings["fov_px"])
         if not bags:
             raise ValueError(f"{path}: no square of the list lies on it: is it the same slide?")
-        mask, scale = data.tissue_mask(slide, um=min(8, settings["fov_px"] / 16))
+        mask, scale = tissue_mask(slide, um=min(8, settings["fov_px"] / 16))
         squares = []
         for x, y, side in bags:
             places = np.broadcast_arrays(*data.square(np.arange(data.NODES), x, y, side))
-            squares.append((x, y, side, data.tissue_fraction(mask, scale, *places)))
-        index, shard = data.write_bags(slide, squares, settings)
+            squares.append((x, y, side, tissue_fraction(mask, scale, *places)))
+        index, shard = write_bags(slide, squares, settings)
     data.write_whole(out / f"bags-{key}.tar", shard)
     # A line tells a node of a bag.
     lines = []
@@ -110,10 +112,10 @@ def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
     With 672 pixels at 5x, a square is exactly a 40x patch of a 0.25 um/px slide.
     """
     wanted = read_list(source)
-    paths = [path for path in data.find_slides(slides) if path.stem in wanted]
+    paths = [path for path in find_slides(slides) if path.stem in wanted]
     if not paths:
         raise ValueError(f"{slides} holds none of the {len(wanted)} slides of {source}: fetch some")
-    mpps = data.mpp_table(mpp, [path.name for path in paths])
+    mpps = mpp_table(mpp, [path.name for path in paths])
     settings = dict(fov_px=fov_px, patch_px=patch_px, quality=90, source="pathgen")
     captions = {}
     for path in tqdm(paths, unit="slide", disable=None):

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 import data
+from prepare.slide import Slide, thumbnail
+from prepare.tile import choose_parents, tissue_mask
 
 PANEL = 448
 GAP = 6
@@ -44,8 +46,8 @@ def describe(slide, fov_px):
 def draw_slide(slide, bags, shown, fov_px):
     """Draw the thumbnail with tissue and parents -> PIL image."""
     scale = max(1, round(max(slide.size) / (2 * PANEL + TOP)))
-    pixels = data.thumbnail(slide, scale)
-    mask, step = data.tissue_mask(slide, min(8, fov_px / 16))
+    pixels = thumbnail(slide, scale)
+    mask, step = tissue_mask(slide, min(8, fov_px / 16))
     # Enlarge the mask to the thumbnail.
     rows = np.minimum(np.arange(pixels.shape[0]) * scale // step, mask.shape[0] - 1)
     cols = np.minimum(np.arange(pixels.shape[1]) * scale // step, mask.shape[1] - 1)
@@ -122,12 +124,12 @@ def main():
     add("--min-tissue", type=float, default=0.5, help="least tissue share of a parent")
     add("--seed", type=int, default=0, help="which parents are drawn")
     args = parser.parse_args()
-    with data.Slide(args.slide, args.mpp) as slide:
+    with Slide(args.slide, args.mpp) as slide:
         if args.out is None:
             describe(slide, args.fov_px)
             return
         shape = (args.fov_px, args.parents, args.min_tissue, args.seed)
-        bags = data.choose_parents(slide, *shape)
+        bags = choose_parents(slide, *shape)
         file = io.BytesIO()
         draw_page(slide, args.fov_px, bags).save(file, "PNG")
     data.write_whole(args.out, file.getvalue())

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import data
 from prepare import paint
 from prepare.paint import ARCHITECTURES, CELL, CYTOLOGIES, LYMPHOCYTES, STROMAS, TISSUES
+from prepare.tile import tile
 from prepare.words import write_words
 
 
@@ -288,7 +289,7 @@ def make_world(folder, train=300, test=60, size=1024, patch_px=64, words=200):
     slides = make_slides(folder / "slides", train + test, size=size, workers=workers)
     for split, paths in (("train", slides[:train]), ("test", slides[train:])):
         workers = min(cores, 1 + len(paths) // 150)
-        data.tile(paths, folder / split, patch_px=patch_px, fov_px=64, seed=0, workers=workers)
+        tile(paths, folder / split, patch_px=patch_px, fov_px=64, seed=0, workers=workers)
         describe(folder / split, folder / "slides")
     facts = {
         "architecture": {name: NAMES[name] for name in ARCHITECTURES},

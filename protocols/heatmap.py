@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 import data
 from data import COL, LEVEL, ROW
+from prepare.slide import thumbnail
 
 # Viridis: it rises in brightness, so it can be read in grey too.
 STOPS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
@@ -88,7 +89,7 @@ def draw_heatmap(slide, parents, panels, width=300):
     can be compared, slides cannot.
     """
     scale = max(1, round(max(slide.size) / width))
-    thumb = data.thumbnail(slide, scale)
+    thumb = thumbnail(slide, scale)
     shown = [(Image.fromarray(thumb), slide.name)]
     for title, level, scores in panels:
         # Fill the square of each node with its score.

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+from prepare.slide import Slide, resize
 
 VOID = 255  # pixels of a mask that count for nothing
 FLAT = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -24,7 +25,7 @@ FLAT = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class Flat:
-    """A picture of one level, with the members of data.Slide that are used here."""
+    """A picture of one level, with the members of Slide that are used here."""
 
     def __init__(self, path, mpp):
         if not mpp:
@@ -45,7 +46,7 @@ class Flat:
         part = self.pixels[max(y, 0) : max(y + n, 0), max(x, 0) : max(x + n, 0)]
         top, left = max(-y, 0), max(-x, 0)
         canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
-        return data.resize(canvas, out)
+        return resize(canvas, out)
 
     def __enter__(self):
         return self
@@ -56,7 +57,7 @@ class Flat:
 
 def open_picture(path, mpp=None):
     """Open a flat picture or a slide."""
-    return Flat(path, mpp) if Path(path).suffix.lower() in FLAT else data.Slide(path, mpp)
+    return Flat(path, mpp) if Path(path).suffix.lower() in FLAT else Slide(path, mpp)
 
 
 def read_mask(path, C):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+from prepare.slide import thumbnail
 from protocols import heatmap, labelled, metrics, peers
 from protocols.masks import (
     VOID,
@@ -237,7 +238,7 @@ def mean_known(values):
 def draw_maps(path, maps, names, mpp=None, width=250):
     """Draw a picture and its label maps {title: [H, W]} beside it -> PIL image; VOID is white."""
     with open_picture(path, mpp) as picture:
-        thumb = data.thumbnail(picture, max(1, round(max(picture.size) / width)))
+        thumb = thumbnail(picture, max(1, round(max(picture.size) / width)))
     # Give numbers their colours; pixels that do not count stay white.
     palette = [heatmap.class_colour(c) for c in range(len(names))]
     palette = np.array([*palette, (255, 255, 255)], np.uint8)

@@ -11,7 +11,7 @@ OUT/slides.json. --text lists the places nearest to each text in OUT/places.json
 heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. A slide that is done
 is skipped when the command is repeated; one that cannot be read is named and passed over.
 
---labels is a table slide,label[,patient] of slides that `python data.py tile` has tiled: MI-Zero,
+--labels is a table slide,label[,patient] of slides that prepare.tile has tiled: MI-Zero,
 and attention MIL (protocols/mil.py) in folds by patient, or learned on SHARDS/train and measured on
 SHARDS/test. Results go to OUT/results.json, features to OUT/features.
 
@@ -32,6 +32,8 @@ import data
 import evaluate
 from data import LEVEL
 from evaluate import MAG_NAMES
+from prepare.slide import Slide, find_slides, mpp_table
+from prepare.tile import choose_parents
 from protocols import heatmap, labelled, mil, peers
 
 SHOWN_J = "10"  # the heatmap shows the merged class of the ten best patches
@@ -74,7 +76,7 @@ def best_places(s, parents, level, texts, most=3):
 
 def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
     """Compare every 5x square of a slide that has tissue with vectors [C, d] -> (parents, s)."""
-    parents = data.choose_parents(slide, fov_px, 10**6, min_tissue)
+    parents = choose_parents(slide, fov_px, 10**6, min_tissue)
     if not parents:
         look = f"look at it with `python -m prepare.preview {slide.path}`"
         raise ValueError(f"{slide.path} has no 5x square with tissue: {look}, or give --fov-px")
@@ -97,7 +99,7 @@ def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
 def ask_slide(peer, path, mpp, vectors, names, args, out):
     """Ask one slide, draw its heatmap and outlines -> its record in slides.json or places.json."""
     level = MAG_NAMES.index(args.level)
-    with data.Slide(path, mpp) as slide:
+    with Slide(path, mpp) as slide:
         if args.text and data.MAGS[level] not in slide.mags:
             raise ValueError(f"{path} holds no {args.level}: give a lower --level")
         parents, s = score_slide(peer, slide, vectors, args.fov_px or peer.model.vision.size)
@@ -156,8 +158,8 @@ def ask_slides(peer, names, vectors, about, args, out):
             records = stored["slides"]
         else:
             print(f"{file} is of another model or other settings: it is written anew")
-    paths = data.find_slides(args.slides)
-    mpps = data.mpp_table(args.mpp, [path.name for path in paths])
+    paths = find_slides(args.slides)
+    mpps = mpp_table(args.mpp, [path.name for path in paths])
     failed = 0
     for path in tqdm(paths, "slides", unit="slide", disable=None if len(paths) > 1 else True):
         try:
@@ -194,7 +196,7 @@ def parse(argv=None):
     parser.add_argument("--mpp", help="microns per pixel of the slides, or a CSV of slide,mpp")
     parser.add_argument("--fov-px", type=int, help="pixels a side of a 5x square (the tower's)")
     parser.add_argument("--level", default="20x", choices=MAG_NAMES, help="of outlines, --text")
-    parser.add_argument("--data", help="instead of slides: shards that data.py has tiled")
+    parser.add_argument("--data", help="instead of slides: shards that prepare.tile has made")
     parser.add_argument("--labels", help="of --data: CSV of slide,label[,patient]")
     parser.add_argument("--folds", type=int, default=5, help="of --data (5)")
     parser.add_argument("--out", help="folder to write (RUN/slides or results/MODEL/slides)")

@@ -58,7 +58,7 @@ def run_forked(name, argv, streams, before):
         else:
             # A module that a test has imported would be run with a warning.
             sys.modules.pop(name, None)
-            runpy.run_module(name, run_name="__main__")
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as e:
         if isinstance(e.code, str):

@@ -16,13 +16,13 @@ import train
 def parts(world):
     """Bags, captions, tokenizer and corpus of the tiny world."""
     bags, captions = data.Bags(world / "train"), text.Captions(world / "train")
-    corpus = train.count_keywords(bags, captions, int)
+    corpus = data.count_keywords(bags, captions)
     spoken = [c for key in bags.keys for c in captions[key] if c]
     return bags, captions, text.Tokenizer.train(spoken, 600), corpus
 
 
 def build(parts, *argv, rank=0, world=1):
-    return train.Batches(*parts, train.parse(["--bags", "4", *argv]), 64, rank, world)
+    return data.Batches(*parts, train.parse(["--bags", "4", *argv]), 64, rank, world)
 
 
 def test_a_batch_depends_on_its_number_alone_and_an_epoch_covers_all_bags(parts):
@@ -54,7 +54,7 @@ def test_batch_has_the_documented_shapes(parts):
     }  # fmt: skip
     assert {k: tuple(x.shape) for k, x in batch.items()} == shapes
     assert batch["pixels"].dtype == torch.uint8 and U % 64 == 0
-    assert all(name in train.Batches.__doc__ for name in shapes)
+    assert all(name in data.Batches.__doc__ for name in shapes)
 
 
 def test_keywords_are_those_of_the_captions(parts):
@@ -173,10 +173,10 @@ def test_a_missing_caption_is_named_and_counts_are_kept(parts, tmp_path, world):
 
     folder = shutil.copytree(world / "train", tmp_path / "train")
     bags = data.Bags(folder)
-    counted = train.count_keywords(bags, text.Captions(folder), int)
+    counted = data.count_keywords(bags, text.Captions(folder))
     path = folder / "keywords.json"
     before = path.stat().st_mtime_ns
-    assert train.count_keywords(bags, text.Captions(folder), int) == counted
+    assert data.count_keywords(bags, text.Captions(folder)) == counted
     assert path.stat().st_mtime_ns == before
     assert counted["captions"] == sum(c is not None for _, cs in text.Captions(folder) for c in cs)
     # Take away the caption of one valid node: the file has changed, so it is looked at again.
@@ -187,7 +187,7 @@ def test_a_missing_caption_is_named_and_counts_are_kept(parts, tmp_path, world):
     kept = [row for row in rows if (row["key"], row["node"]) != (first, node)]
     file.write_text("".join(json.dumps(row) + "\n" for row in kept))
     with pytest.raises(ValueError, match=f"node {node} of {first} has no caption: .*prepare"):
-        train.count_keywords(bags, text.Captions(folder), int)
+        data.count_keywords(bags, text.Captions(folder))
 
 
 def test_every_field_of_the_settings_is_a_flag_with_a_reason(capsys):

@@ -23,6 +23,8 @@ from PIL import Image
 import data
 import text
 from prepare import captions, pathgen
+from prepare.slide import Slide
+from prepare.tile import tile
 
 NEVER = dict(captions=0, failed=0, elsewhere=0)
 
@@ -42,7 +44,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
     write_slide(folder / "a.svs", 1024, 0.25, seed=1)
     write_slide(folder / "b.svs", 512, 0.5, seed=2)
-    data.tile(folder, folder / "bags", patch_px=16, fov_px=64)
+    tile(folder, folder / "bags", patch_px=16, fov_px=64)
     return folder / "bags"
 
 
@@ -447,7 +449,7 @@ def test_pathgen_makes_bags_and_captions(tmp_path, capsys):
         assert spot == (x, 2000, 672)
         assert bags.valid[0, where[caption]]
     # The stored patch is what the slide holds there.
-    with data.Slide(tmp_path / "slides" / "TCGA-1.A.svs") as slide:
+    with Slide(tmp_path / "slides" / "TCGA-1.A.svs") as slide:
         truth = slide.read(1000, 2000, 672, 28)
     patch = data.pyramid(bags[0]["image"][None])[0, where["Nests."]]
     off = patch.permute(1, 2, 0).numpy() * 255 - truth

@@ -123,7 +123,7 @@ def build(folder, *flags):
     bags, captions = data.Bags(Path(folder) / "train"), text.Captions(Path(folder) / "train")
     told = [caption for key in bags.keys for caption in captions[key] if caption]
     tokenizer, corpus = text.Tokenizer.train(told, 600), text.count_corpus(told)
-    return cfg, tokenizer, train.Batches(bags, captions, tokenizer, corpus, cfg, 77)[3]
+    return cfg, tokenizer, data.Batches(bags, captions, tokenizer, corpus, cfg, 77)[3]
 
 
 def on_gpu(cfg, tokenizer, batch):

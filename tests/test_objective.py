@@ -2,7 +2,7 @@
 
     pytest tests/test_objective.py
 
-Also: what must change nothing, precision on a GPU, the batch that train.Batches documents, and a
+Also: what must change nothing, precision on a GPU, the batch that data.Batches documents, and a
 seventh loss that a patch of a few lines adds.
 """
 
@@ -58,7 +58,7 @@ def small_objective(**other):
 
 
 def a_batch(B=4, N=15, K=7, seed=0):
-    """Build a batch as train.Batches and train.to_device do, with patches [B, N, 3, 32, 32].
+    """Build a batch as data.Batches and train.to_device do, with patches [B, N, 3, 32, 32].
 
     Captions have unequal lengths, some nodes are invalid, some keywords padding, and one keyword is
     in two bags.
@@ -404,7 +404,7 @@ def test_losses_under_autocast_are_close_and_fp32():
 
 
 # --------------------------------------------------------------------------------------------------
-# The batch that train.Batches documents
+# The batch that data.Batches documents
 
 
 class ToyBags:
@@ -426,7 +426,7 @@ class ToyBags:
 
 
 def toy_batches(**other):
-    """Build train.Batches of ToyBags with captions of few words."""
+    """Build data.Batches of ToyBags with captions of few words."""
     words = "mucin,large nuclei,spindle cells,necrosis,sheets of lymphocytes".split(",")
     captions = {}
     for i, key in enumerate(ToyBags().keys):
@@ -435,16 +435,16 @@ def toy_batches(**other):
     tokenizer = text.Tokenizer.train(words * 3, 530)
     corpus = text.count_corpus(captions["slide-00"])
     cfg = settings(zoom=0.1, jitter=0.2, pairs=2.0, **other)
-    return train.Batches(ToyBags(), captions, tokenizer, corpus, cfg, 24)
+    return data.Batches(ToyBags(), captions, tokenizer, corpus, cfg, 24)
 
 
 KINDS = {"uint8": torch.uint8, "float16": torch.float16, "bool": torch.bool}
 
 
 def documented():
-    """Read the table in the docstring of train.Batches -> {name: (dimensions, type or "")}."""
+    """Read the table in the docstring of data.Batches -> {name: (dimensions, type or "")}."""
     pattern = r"(\w+)\s+\[([^\]]+)\](?: (uint8|float16|bool)\b)?"
-    found = re.findall(pattern, train.Batches.__doc__)
+    found = re.findall(pattern, data.Batches.__doc__)
     return {name: (dims.split(", "), kind) for name, dims, kind in found}
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 from conftest import script
 from PIL import Image
-from test_data import picture, write
+from written import picture, write
 
-import data
 from prepare import preview
+from prepare.slide import Slide
+from prepare.tile import choose_parents
 
 
 def run(*args):
@@ -48,8 +49,8 @@ def test_the_picture_shows_parents_and_one_bag(tmp_path):
 def test_panels_show_what_the_slide_holds(tmp_path):
     """The 5x panel is the parent, read at the panel's size."""
     path = write(tmp_path / "a.svs", picture(512, 512))
-    with data.Slide(path) as slide:
-        bag = data.choose_parents(slide, fov_px=32)[0]
+    with Slide(path) as slide:
+        bag = choose_parents(slide, fov_px=32)[0]
         image = np.asarray(preview.draw_bag(slide, bag, 32))
         inner = slide.read(*bag[:3], preview.PANEL - 2)
         corner = image[preview.TOP + 3 : preview.TOP + 200, 3:200]

@@ -13,7 +13,7 @@ from conftest import script
 from PIL import Image
 from test_slides import run  # noqa: F401, a fixture
 
-import data
+from prepare.slide import resize
 from protocols import masks, segment
 from protocols.masks import Cells
 
@@ -174,7 +174,7 @@ def test_a_flat_picture_reads_as_a_slide_does(tmp_path):
     assert (found[:6, 4:] == pixels[14:, :8]).all()
     assert (found[6:] == 255).all() and (found[:, :4] == 255).all()
     assert (flat.read(40, 0, 8, 8) == 255).all() and (flat.read(-90, 0, 8, 8) == 255).all()
-    assert (flat.read(2, 4, 8, 4) == data.resize(pixels[4:12, 2:10], 4)).all()
+    assert (flat.read(2, 4, 8, 4) == resize(pixels[4:12, 2:10], 4)).all()
 
 
 def test_the_command(run, pairs, tmp_path):  # noqa: F811

@@ -18,6 +18,7 @@ import data
 import evaluate
 import model as networks
 import text
+from prepare.slide import Slide
 from protocols import heatmap, mil, peers, slides
 
 # --------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def test_a_slide_goes_in_and_outlines_come_out(run, world, tmp_path, monkeypatch
     assert Image.open(tmp_path / f"{path.name}.classes.png").width > 900
     collection = json.loads((tmp_path / f"{path.name}.classes.geojson").read_text())
     peer = peers.load(slides.parse([str(run), "x.svs", "--text", "fat"]))
-    with data.Slide(path) as slide:
+    with Slide(path) as slide:
         size, side = slide.size, 64 * data.mpp_of(20) / slide.mpp
         _, s = slides.score_slide(peer, slide, torch.eye(128)[:3], 64)
     area = 0.0

@@ -65,10 +65,10 @@ def setup(world, *argv):
     """Build the batches and the objective of a tiny run."""
     cfg = train.parse(["--bags", "4", *argv])
     bags, captions = data.Bags(world / "train"), text.Captions(world / "train")
-    corpus = train.count_keywords(bags, captions, int)
+    corpus = data.count_keywords(bags, captions)
     tokenizer = train.choose_tokenizer(cfg, bags, captions, None)
     objective = losses.Objective(train.build_model(cfg, tokenizer), cfg)
-    return train.Batches(bags, captions, tokenizer, corpus, cfg, 64), objective.train()
+    return data.Batches(bags, captions, tokenizer, corpus, cfg, 64), objective.train()
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_one_dying_process_ends_the_others_and_says_why(world, tmp_path):
     bags = data.Bags(broken / "train")
     cfg = train.parse(SMALL)
     # Overwrite the first bag of the second process.
-    index = train.Batches(bags, None, None, None, cfg, 64, 1, 2).bag_at(2)
+    index = data.Batches(bags, None, None, None, cfg, 64, 1, 2).bag_at(2)
     offset, size = bags.meta[index]["jpg"]
     with open(bags.shards[bags.shard_of[index]], "r+b") as file:
         file.seek(offset)

@@ -1,0 +1,344 @@
+"""Test tissue, parents and tiling: pytest tests/test_tile.py"""
+
+import fcntl
+import io
+import json
+import os
+import resource
+import signal
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import Script, script
+from PIL import Image
+from written import SMALL, picture, slides_in, write
+
+import data
+from prepare.slide import Slide, find_slides, mpp_table
+from prepare.tile import choose_parents, tile, tissue_fraction, tissue_mask
+
+REAL = Path(__file__).resolve().parents[2] / "shared/data/slides"
+
+
+def cli(*args, **more):
+    return script("prepare.tile", *args, **more)
+
+
+# ---------------------------------------------------------------- tissue and parents
+
+
+def tissue_of(tmp_path, image, um=4):
+    with Slide(write(tmp_path / "t.svs", image)) as slide:
+        return tissue_mask(slide, um)
+
+
+def test_tissue_is_stain_not_glass(tmp_path):
+    glass = np.full((512, 512, 3), 243, np.uint8)
+    tissue = picture(512, 512)
+
+    def on(part, left=glass):
+        # The right half shows `part`.
+        image = left.copy()
+        image[:, 256:] = np.broadcast_to(part, image.shape)[:, 256:]
+        return image
+
+    cases = {"pale": on(np.uint8([238, 220, 232])), "dark": (on(tissue) * 0.5).astype(np.uint8)}
+    pens = dict(black=(30, 30, 35), blue=(45, 70, 160), green=(30, 110, 80), red=(200, 45, 65))
+    fillings = dict(grey_filling=(200, 200, 200), black_filling=(0, 0, 0))
+    for pen, colour in (pens | fillings).items():
+        cases[pen] = on(tissue, np.broadcast_to(np.uint8(colour), glass.shape).copy())
+    for name, image in cases.items():
+        mask, scale = tissue_of(tmp_path, image)
+        assert scale == 16 and mask.shape == (32, 32), name
+        assert mask[:, 17:].mean() > 0.98 and mask[:, :15].mean() < 0.02, name
+    # All glass, all tissue, and 16 um of tissue.
+    for colour, share in ((245, 0), ((200, 120, 180), 1)):
+        mask, _ = tissue_of(tmp_path, np.full((256, 256, 3), colour, np.uint8), um=8)
+        assert mask.mean() == share
+    tiny = glass.copy()
+    tiny[200:264, 300:364] = tissue[:64, :64]
+    assert 16 <= tissue_of(tmp_path, tiny)[0].sum() <= 25
+
+
+def test_tissue_fraction_by_hand():
+    # One 10 x 10 px square of tissue in 20 x 20.
+    mask = np.array([[1, 0], [0, 0]], bool)
+    x = np.array([0, 0, 5, -5, 100, 2])
+    y = np.array([0, 0, 5, -5, 100, 3])
+    side = np.array([10, 20, 10, 10, 5, 4])
+    share = tissue_fraction(mask, 10, x, y, side)
+    assert np.allclose(share, [1, 0.25, 0.25, 0.25, 0, 1])
+
+
+def test_parents(tmp_path):
+    path = write(tmp_path / "a.svs", picture(1024, 1300, glass=600))
+    with Slide(path) as slide:
+        # A parent is 256 px wide, and the grid is centred: columns from x = 10.
+        bags = choose_parents(slide, fov_px=32)
+        places = {(x, side) for x, _, side, _ in bags}
+        assert places == {(522, 256), (778, 256), (1034, 256)} and len(bags) == 12
+        for x, _, _, tissue in bags:
+            assert abs(tissue[0] - (0.695 if x == 522 else 1)) < 0.1
+            # A parent's share is its children's mean.
+            assert np.allclose(tissue[0], tissue[21:].mean())
+        few = choose_parents(slide, fov_px=32, parents=5)
+        again = choose_parents(slide, fov_px=32, parents=5)
+        other = choose_parents(slide, fov_px=32, parents=5, seed=1)
+        assert [b[:2] for b in few] == [b[:2] for b in again] and len(few) == 5
+        assert [b[:2] for b in few] != [b[:2] for b in other]
+    fine = write(tmp_path / "fine.svs", picture(1024, 1300, glass=600), tile=(64, 64))
+    # Where tiles are small, parents start on their edges: each tile is decoded once.
+    with Slide(fine) as slide:
+        assert {x for x, *_ in choose_parents(slide, fov_px=32)} == {512, 768, 1024}
+    # The true mpp sets the side: 32 * 2 / 0.2525 = 253.5 -> 256.
+    with Slide(path, mpp=0.2525) as slide:
+        assert choose_parents(slide, fov_px=32)[0][2] == 256
+    with Slide(write(tmp_path / "small.svs", picture(200, 230))) as slide:
+        # Centred and padded: 200 * 230 of 256^2.
+        ((x, y, side, tissue),) = choose_parents(slide, fov_px=32)
+        assert (x, y, side) == (-13, -28, 256) and abs(tissue[0] - 0.702) < 0.04
+        assert choose_parents(slide, fov_px=64) == []
+
+
+def test_the_draw_and_the_grid(tmp_path):
+    """Bags of published seeds must stay the same: these numbers were drawn in 2026."""
+    with Slide(write(tmp_path / "a.svs", picture(1024, 1024))) as slide:
+        bags = choose_parents(slide, fov_px=16, parents=4, seed=7)
+        places = [(384, 128), (640, 128), (640, 768), (128, 896)]
+        assert [b[:3] for b in bags] == [(x, y, 128) for x, y in places]
+    # The centred grid would have a quarter of this piece in each of four parents.
+    image = np.full((768, 768, 3), 243, np.uint8)
+    image[384:640, 128:384] = picture(256, 256)
+    for n in (128, 768):
+        with Slide(write(tmp_path / "b.svs", image, tile=(n, n))) as slide:
+            ((x, y, side, tissue),) = choose_parents(slide, fov_px=32, min_tissue=0.9)
+            assert (x, y, side) == (128, 384, 256) and tissue[0] > 0.95
+
+
+# ---------------------------------------------------------------- tiling
+
+
+def failures(out):
+    lines = (out / "failures.jsonl").read_text().splitlines()
+    return {row["slide"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def test_tile_shards(tmp_path):
+    out = tmp_path / "out"
+    counts = tile(slides_in(tmp_path / "in"), out, patch_px=32, fov_px=32)
+    assert counts == dict(slides=3, done=3, bags=12, empty=0, failed=0)
+    bags = data.Bags(out)
+    item = bags[7]
+    assert len(bags) == 12 and bags.S == 32 and bags.folder == out
+    assert [s.name for s in bags.shards] == ["bags-s0.tar", "bags-s1.tar", "bags-s2.tar"]
+    assert bags.shard_of.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert (item["key"], item["slide"], item["index"]) == ("s1-03", "s1.svs", 7)
+    assert (bags.keys[7], bags.slides[7]) == ("s1-03", "s1.svs")
+    assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 256, 256)
+    assert item["valid"].all() and bags.valid.shape == (12, 85) and bags.valid.dtype == torch.bool
+    want = torch.from_numpy(picture(512, 512, seed=1)[256:, 256:]).permute(2, 0, 1).float()
+    # Only the noise of JPEG is left.
+    assert (item["image"] - want).abs().mean() < 8
+    row = bags.meta[7]
+    assert [row[k] for k in ("key", "x", "y", "side")] == ["s1-03", 256, 256, 256]
+    assert row["mags"] == [5, 10, 20, 40] and len(row["tissue"]) == 85
+    # WebDataset groups the members of a tar by their name up to the first dot.
+    samples = {}
+    with tarfile.open(bags.shards[0]) as tar:
+        for member in tar:
+            key, suffix = member.name.split(".", 1)
+            samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+            assert member.mtime == 0 and member.uname == ""
+    assert list(samples) == bags.keys[:4] == [f"s0-{i:02d}" for i in range(4)]
+    for i, sample in enumerate(samples.values()):
+        image = Image.open(io.BytesIO(sample["jpg"]))
+        # 4:2:2 halves the colour across and not down.
+        assert image.size == (256, 256) and image.layer[0][1:3] == (2, 1)
+        assert (np.asarray(image) == bags[i]["image"].permute(1, 2, 0).numpy()).all()
+        about = json.loads(sample["json"])
+        assert set(about) == {"slide", "x", "y", "side", "mpp", "mags", "tissue"}
+        assert about["slide"] == "s0.svs" and about["mpp"] == 0.25
+        assert about["tissue"] == bags.meta[i]["tissue"]
+
+
+def test_tile_resumes_extends_and_is_deterministic(tmp_path):
+    slides = slides_in(tmp_path / "in")
+    a = tmp_path / "a"
+    b = tmp_path / "b"
+    (slides / "bad.svs").write_text("x")
+    assert tile(slides, a, workers=2, **SMALL)["failed"] == 1
+    assert list(failures(a)) == ["bad.svs"]
+    (slides / "bad.svs").unlink()
+    tile(slides / "s0.svs", b, **SMALL)
+    before = (b / "bags-s0.tar").stat().st_mtime_ns
+    # A crash before its index leaves a shard that is made anew.
+    (b / "bags-s1.tar").write_text("left by a crash")
+    assert tile(slides, b, **SMALL)["done"] == 3
+    assert (b / "bags-s0.tar").stat().st_mtime_ns == before and not list(b.glob("*.tmp"))
+    for name in ("bags-s0.tar", "bags-s1.tar", "bags-s2.tar", "bags-s1.index.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    # A blank slide leaves an index without bags, and no tar.
+    write(slides / "blank.svs", np.full((512, 512, 3), 245, np.uint8))
+    assert tile(slides, b, **SMALL) == dict(slides=4, done=4, bags=12, empty=1, failed=0)
+    assert not (b / "bags-blank.tar").exists() and (b / "bags-blank.index.json").exists()
+    assert len(data.Bags(b)) == 12
+    for change in (dict(patch_px=16), dict(mpp=0.5)):
+        words = "was made with .*'patch_px': 8.*mpp 0.25: repeat those"
+        with pytest.raises(ValueError, match=words):
+            tile(slides, b, **SMALL | change)
+    # A lost shard is made again.
+    (b / "bags-s0.tar").unlink()
+    with pytest.raises(ValueError, match="bags-s0.tar is missing"):
+        data.Bags(b)
+    assert tile(slides, b, **SMALL)["bags"] == 12
+    assert (b / "bags-s0.tar").read_bytes() == (a / "bags-s0.tar").read_bytes()
+    with open(b / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another tile command writes to"):
+            tile(slides, b, **SMALL)
+
+
+def test_keys_have_no_dot_and_do_not_clash(tmp_path):
+    (tmp_path / "in").mkdir()
+    one = write(tmp_path / "in" / "a.b.svs", picture(256, 256))
+    tile(one, tmp_path / "out", **SMALL)
+    assert data.Bags(tmp_path / "out").keys == ["a_b-00"]
+    two = write(tmp_path / "in" / "a_b.tif", picture(256, 256))
+    with pytest.raises(ValueError, match="bags of .* would share a name: rename one"):
+        find_slides(tmp_path / "in")
+    # The same if they come in two calls.
+    with pytest.raises(ValueError, match="bags-a_b.index.json is of a.b.svs, not of .*a_b.tif"):
+        tile(two, tmp_path / "out", **SMALL)
+
+
+def test_a_bad_slide_costs_one_slide(tmp_path):
+    slides = slides_in(tmp_path / "in", 2)
+    out = tmp_path / "out"
+    good = (slides / "s0.svs").read_bytes()
+    (slides / "cut.svs").write_bytes(good[: len(good) // 2])
+    (slides / "empty.svs").write_bytes(b"")
+    write(slides / "scale.svs", picture(), text="Aperio x")
+    # Overwrite one tile with zeros.
+    with tifffile.TiffFile(slides / "s0.svs") as tif:
+        at = tif.pages[0].dataoffsets[1]
+        n = tif.pages[0].databytecounts[1]
+    (slides / "rotten.svs").write_bytes(good[:at] + bytes(n) + good[at + n :])
+    small = ("--out", out, "--patch-px", 8, "--fov-px", 32)
+    for _ in range(2):
+        # The same command tries them again.
+        r = cli(slides, *small)
+        assert r.returncode == 1 and "8 bags from 2 of 6 slides" in r.stdout
+        assert "error: 4 of 6 slides cannot be used" in r.stderr and "Traceback" not in r.stderr
+        assert set(failures(out)) == {"cut.svs", "empty.svs", "rotten.svs", "scale.svs"}
+    assert "rotten.svs is damaged" in failures(out)["rotten.svs"]
+    assert "pass --mpp" in failures(out)["scale.svs"]
+    # A repaired slide and a table of scales.
+    (slides / "rotten.svs").write_bytes(good)
+    (tmp_path / "mpp.csv").write_text("slide,mpp\nscale.svs,0.5\n")
+    r = cli(slides, *small, "--mpp", tmp_path / "mpp.csv")
+    assert r.returncode == 1 and "28 bags from 4 of 6 slides" in r.stdout
+    assert set(failures(out)) == {"cut.svs", "empty.svs"}
+
+
+def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
+    slides = slides_in(tmp_path / "in", 1)
+    out = ("--out", tmp_path / "out")
+    r = cli(slides, *out, "--patch-p", 3)
+    assert r.returncode == 2 and "unrecognized arguments: --patch-p" in r.stderr
+    for args, words in (
+        ((slides, *out, "--min-tissue", 50), "min_tissue is 50.0, not 0 to 1"),
+        ((slides, *out, "--parents", 0), "parents is below 1"),
+        ((tmp_path / "no", *out), "check the path"),
+        ((slides, "--out", slides / "s0.svs"), "s0.svs"),
+    ):
+        r = cli(*args)
+        assert r.returncode == 1 and words in r.stderr
+        assert r.stderr.startswith("error: ") and r.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
+    slides = slides_in(tmp_path / "in", 1)
+    out = tmp_path / "out"
+    # The same pixels under many names: links cost nothing.
+    for i in range(400):
+        os.link(slides / "s0.svs", slides / f"t{i:03d}.svs")
+
+    def before():
+        os.setsid()
+        # A shell's background jobs inherit "ignore".
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    args = ("--out", out, "--patch-px", 64, "--fov-px", 32, "--workers", workers)
+    p = Script("prepare.tile", slides, *args, before=before)
+    deadline = time.time() + 30
+    while not list(out.glob("*.index.json")) and time.time() < deadline:
+        time.sleep(0.01)
+    # A terminal signals workers too. Python drops an interrupt in a destructor: press again.
+    os.killpg(p.pid, signal.SIGINT)
+    again = threading.Timer(10, os.killpg, (p.pid, signal.SIGINT))
+    again.start()
+    p = p.wait()
+    again.cancel()
+    assert p.returncode == 130 and "continue" in p.stderr and "Traceback" not in p.stderr
+    done = {f.name.removesuffix(".index.json") for f in out.glob("*.index.json")}
+    shards = {f.name.removesuffix(".tar") for f in out.glob("*.tar")}
+    assert 0 < len(done) < 401 and done <= shards and len(shards - done) <= 1
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_mpp_tables(tmp_path):
+    path = tmp_path / "m.csv"
+
+    def table(text, encoding="utf-8"):
+        path.write_text(text, encoding=encoding)
+        return mpp_table(str(path), ["a.svs", "b,c.svs"])
+
+    want = {"a.svs": 0.3, "b,c.svs": None}
+    assert table("a.svs,0.3\n") == table('"a.svs",0.3', "utf-8-sig") == want
+    assert table("slide,mpp\r\na.svs, 0.3\r\n\r\n") == want
+    assert table('x.svs,1\n"b,c.svs",0.5')["b,c.svs"] == 0.5
+    for text in ("a.svs;0.3\n", "slide,mpp\nz.svs,1"):
+        with pytest.raises(ValueError, match="m.csv names none of the slides"):
+            table(text)
+    for text in ("a.svs,0.3\nb,x\n", "slide,mpp\na.svs;0.3"):
+        with pytest.raises(ValueError, match="m.csv:2: expected slide,mpp"):
+            table(text)
+    assert mpp_table(0.5, ["a"]) == mpp_table("0.5", ["a"]) == {"a": 0.5}
+    assert mpp_table(None, ["a"]) == {"a": None}
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """No file may grow beyond 40 kB: the same error, at the same place, as a full disk."""
+    slides = slides_in(tmp_path / "in", 2)
+    out = tmp_path / "out"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
+
+    args = ("--out", out, "--patch-px", 32, "--fov-px", 32)
+    r = cli(slides, *args, before=limit)
+    assert r.returncode == 1 and r.stderr.splitlines()[-1].startswith("error: ")
+    assert "bags-s0.tar cannot be written (File too large)" in r.stderr
+    assert "Traceback" not in r.stderr
+    assert not list(out.glob("bags-*")) and not list(out.glob(".bags*"))
+    assert tile(slides, out, patch_px=32, fov_px=32)["failed"] == 0
+
+
+# ---------------------------------------------------------------- real slides
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real slides here")
+def test_real_slides(tmp_path):
+    for path in [p for p in find_slides(REAL) if "c" in p.name[:2]]:
+        with Slide(path, mpp=0.5) as slide:
+            W, H = slide.size
+            assert slide.read(W // 2 - 100, H // 2 - 100, 200, 100).std() > 2
+            mask, _ = tissue_mask(slide)
+            assert 0.02 < mask.mean() < 0.99
