@@ -18,6 +18,7 @@ import functools
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,30 @@ class Bags(Dataset):
             raise ValueError(f"{damage}: delete this file, tile its slide again") from None
         about = dict(key=self.keys[i], slide=self.slides[i], index=i)
         return dict(about, image=image, valid=self.valid[i])
+
+
+def read_classes(path):
+    """Read classes.json -> {"facts": {fact: {class: [names]}}, "templates"}."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        for classes in found["facts"].values():
+            assert all(isinstance(names, list) and names for names in classes.values())
+        assert all("{}" in template for template in found["templates"])
+    except (ValueError, KeyError, AttributeError, TypeError, AssertionError):
+        shown = "the form that `evaluate.py -h` shows"
+        raise ValueError(f"{path} is not in {shown}: mend it") from None
+    return found
+
+
+def read_truth(bags):
+    """Read bags-*.truth.jsonl beside the shards -> {key: list of 85 (dict or None)}."""
+    truth = {}
+    for shard in bags.shards:
+        path = shard.with_suffix(".truth.jsonl")
+        if path.exists():
+            for _, row in text.read_lines(path):
+                truth.setdefault(row["key"], [None] * NODES)[row["node"]] = row
+    return truth
 
 
 # ---------------------------------------------------------------- pyramid and augmentation
@@ -485,3 +510,22 @@ def open_features(bags, name):
         return torch.from_numpy(np.load(path, mmap_mode="r")[row, nodes.numpy()])  # [N, V, Dv]
 
     return read
+
+
+def settle(_):
+    """Prepare a loader process: the loop decides when to stop, and comes first on a CPU."""
+    os.nice(10)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def to_device(batch, cfg, device):
+    """Move a batch to the device and augment its pixels there."""
+    batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+    if "pixels" in batch:
+        batch["patches"] = augment(batch, cfg.jitter)  # [B, N, 3, S, S]
+    if cfg.compile:
+        # Let one graph serve all lengths of captions and all numbers of keywords.
+        for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1), ("keyword_real", 0)):
+            torch._dynamo.mark_dynamic(batch[name], axis)
+    return batch

@@ -146,38 +146,14 @@ def class_vectors(model, tokenizer, names, templates, ensemble=True):
 
 
 # ---- Questions: the classes that the data name, and the truth -----------------------------------
-def read_classes(path):
-    """Read classes.json (top of the file) -> {"facts": {fact: {class: [names]}}, "templates"}."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        for classes in found["facts"].values():
-            assert all(isinstance(names, list) and names for names in classes.values())
-        assert all("{}" in template for template in found["templates"])
-    except (ValueError, KeyError, AttributeError, TypeError, AssertionError):
-        shown = "the form that `evaluate.py -h` shows"
-        raise ValueError(f"{path} is not in {shown}: mend it") from None
-    return found
-
-
-def read_truth(bags):
-    """Read bags-*.truth.jsonl beside the shards -> {key: list of 85 (dict or None)}."""
-    truth = {}
-    for shard in bags.shards:
-        path = Path(shard).with_suffix(".truth.jsonl")
-        if path.exists():
-            for _, row in text.read_lines(path):
-                truth.setdefault(row["key"], [None] * data.NODES)[row["node"]] = row
-    return truth
-
-
 def questions(bags, index):
     """Read what can be asked of the bags `index` -> (facts, templates, {fact: classes [R, N]})."""
     # classes.json lies beside the shards or one folder up.
     asked = {"facts": {}, "templates": []}
     for path in (bags.folder.parent / "classes.json", bags.folder / "classes.json"):
         if path.exists():
-            asked = read_classes(path)
-    truth = read_truth(bags)
+            asked = data.read_classes(path)
+    truth = data.read_truth(bags)
     facts = {}
     labels = {}
     for fact, classes in asked["facts"].items():
@@ -412,14 +388,12 @@ def probe(facts, train, test, most=3000):
     rng = np.random.default_rng(0)
     found = {fact: {} for fact in facts}
     for fact, (level, mag) in product(facts, enumerate(MAG_NAMES)):
-        # Choose at most `most` patches to measure and to learn from.
         parts = []
         for features, labels in (test, train):
             use = (labels[fact] >= 0) & features["valid"].numpy() & (LEVEL == level)
             r, n = rng.permutation(np.argwhere(use))[:most].T
             parts.append((features["backbone"][r, n], labels[fact][r, n], features["slides"][r]))
         (x, y, who), (x_train, y_train, _) = parts
-        # Learn from the one, measure on the other.
         if len(y) and len(y_train):
             C = len(facts[fact])
             weight, bias = fit_logistic(x_train, y_train, C)
@@ -523,11 +497,12 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     # Say what the numbers are about.
     digest = hashlib.sha256("\n".join(test.keys).encode() + test.valid.numpy().tobytes())
     about = dict(model=Path(run).resolve().name, fingerprint=networks.fingerprint(model))
-    about |= dict(data=str(test.folder), data_hash=digest.hexdigest()[:12])
-    about["n"] = len(features["index"])
+    about |= dict(
+        data=str(test.folder), data_hash=digest.hexdigest()[:12], n=len(features["index"])
+    )
     about["split"] = f"centred on {len(reference['index'])} {'training' if train else 'test'} bags"
 
-    # Ask for the classes by prompts. Tables show the ensemble, results.json the other prompts too.
+    # Ask by prompts. Tables show the ensemble, results.json the other prompts too.
     facts, templates, labels = questions(test, features["index"])
     if not facts:
         print(f"{folder} has no classes.json with truth of its bags: only retrieval is measured")

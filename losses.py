@@ -11,12 +11,11 @@ a mask of what counts (ITC and CVTA also weights), and is 0 where nothing is val
 computes in fp32, also under autocast. Stop-gradients stand at the call. Nothing here reads a value
 back from the device, draws a random number, or loops over the batch.
 
-Shape letters: B bags, N nodes, M patches that the caption losses read (with their captions), T text
-tokens, K keywords of a bag, k_o keywords selected per node, U distinct keywords of the batch,
-V image tokens of the fusion, D its width, d shared space, C candidates of a contrast.
+Shape letters are the README's; here also M patches that the caption losses read, U distinct
+keywords of the batch, C candidates of a contrast.
 
-[1] MR-PLIP, CVPR 2025, section 3.   [2] Li et al. 2021, ALBEF (ITC, ITM with hard negatives, MLM).
-[3] Li et al. 2022, mPLUG (PLM).     [4] Chen & He 2021, SimSiam.     [5] Radford et al. 2021, CLIP.
+[1] MR-PLIP, CVPR 2025. [2] Li et al. 2021, ALBEF. [3] Li et al. 2022, mPLUG.
+[4] Chen & He 2021, SimSiam. [5] Radford et al. 2021, CLIP.
 """
 
 import contextlib
@@ -33,9 +32,9 @@ from model import all_sum, full, rank, real_tokens, world_size
 TAU = (0.01, 0.5)
 
 
-# --------------------------------------------------------------------------------------------------
-# Many processes. DDP averages gradients, so every loss keeps one rule: the mean over processes of
-# what it returns is the loss of the whole batch, and gathered tensors carry gradients home.
+# ---- Many processes ------------------------------------------------------------------------------
+# DDP averages gradients, so every loss keeps one rule: the mean over processes of what it returns
+# is the loss of the whole batch, and gathered tensors carry gradients home.
 
 
 class AllGather(torch.autograd.Function):
@@ -87,8 +86,7 @@ def in_fp32(loss):
     return run
 
 
-# --------------------------------------------------------------------------------------------------
-# The baseline losses
+# ---- The baseline losses -------------------------------------------------------------------------
 
 
 @in_fp32
@@ -152,25 +150,21 @@ def itm(positive, wrong_image, wrong_text, valid):
     Logits [M, 2] of the true pair, of caption + wrong image, of image + wrong caption; column 1
     means "they match"; valid [M]. Always giving the base rate of one in three costs 0.637.
     """
-    M = len(positive)
     logits = full(torch.cat([positive, wrong_image, wrong_text]))  # [3M, 2]
-    labels = (torch.arange(3 * M, device=logits.device) < M).long()
+    labels = (torch.arange(len(logits), device=logits.device) < len(positive)).long()
     return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), valid.repeat(3))
 
 
-def corrupt(ids, real, mask_id, special, rand, rate=0.15):
+def corrupt(ids, real, mask_id, words, rand, rate=0.15):
     """Mask tokens for MLM [2] -> (corrupted ids, labels), each [M, T]; label -100 asks nothing.
 
-    ids [M, T]; real bool [M, T]; special: ids never masked; rand [M, 3, T or more] uniform in
-    [0, 1). A share `rate` of the real tokens is chosen. Of those 80 % become mask_id, 10 % a
-    random id below the special ones, and 10 % stay.
+    ids [M, T], of which those below `words` are no special ones; real bool [M, T]; rand
+    [M, 3, T or more] uniform in [0, 1). A share `rate` of the real words is chosen. Of those 80 %
+    become mask_id, 10 % a random word, and 10 % stay.
     """
     choose, how, which = rand[..., : ids.shape[1]].unbind(1)  # 3 x [M, T]
-    random_ids = (which * min(special)).long().clamp(max=min(special) - 1)
-    ordinary = real
-    for s in special:
-        ordinary = ordinary & (ids != s)
-    chosen = ordinary & (choose < rate)
+    random_ids = (which * words).long().clamp(max=words - 1)
+    chosen = real & (ids < words) & (choose < rate)
     labels = torch.where(chosen, ids, -100)
     ids = torch.where(chosen & (how < 0.8), mask_id, ids)
     return torch.where(chosen & (how >= 0.9), random_ids, ids), labels
@@ -211,8 +205,7 @@ def plm(logits, ids, prefix, real, valid):
     return mlm(logits, labels)
 
 
-# --------------------------------------------------------------------------------------------------
-# Cross-resolution Visual-Textual Alignment [1, section 3.2]
+# ---- Cross-resolution Visual-Textual Alignment [1, section 3.2] ----------------------------------
 
 
 @torch.no_grad()
@@ -271,8 +264,7 @@ def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, spared=None, near=None
     return weighted_mean(rows, v_valid.to(rows.dtype) * chosen.any(-1))
 
 
-# --------------------------------------------------------------------------------------------------
-# Multi-Resolution Text-guided Visual representation Alignment [1, section 3.3]
+# ---- Multi-Resolution Text-guided Visual representation Alignment [1, 3.3] -----------------------
 
 
 def tree_edges(N=85, b=4, device=None):
@@ -379,8 +371,7 @@ def monitors(g, valid, index, chosen, own, w_valid):
     var = ((g - mean).square() * m).sum((0, 1)) / m.sum().clamp(min=1)  # [d]
     chosen = (chosen & valid[..., None]).to(g.dtype)  # [B, N, k_o]
     picks = chosen.sum().clamp(min=1)
-    own = own & w_valid[:, None]
-    share = own.sum(2) / w_valid.sum(1).clamp(min=1)[:, None]  # [B, N]
+    share = (own & w_valid[:, None]).sum(2) / w_valid.sum(1).clamp(min=1)[:, None]  # [B, N]
     return {
         "std": var.sqrt().mean() * g.shape[-1] ** 0.5,
         "own": (own.gather(2, index) * chosen).sum() / picks,
@@ -388,8 +379,18 @@ def monitors(g, valid, index, chosen, own, w_valid):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# The objective
+def find_faults(mean):
+    """List a sentence for each known failure that the means of the monitors show."""
+    tests = (
+        (mean.get("std", 1) < 0.3, "MRTVA's projections collapse: lower --lr or --mrtva"),
+        (mean.get("own", 1) < 1.2 * mean.get("chance", 0),
+         "selected keywords agree with captions only by chance: raise --own_captions"),
+        (not 1.01 * TAU[0] < mean["tau"] < 0.99 * TAU[1], "ITC's temperature stands at its limit"),
+    )  # fmt: skip
+    return [sentence for ill, sentence in tests if ill]
+
+
+# ---- The objective -------------------------------------------------------------------------------
 
 
 def take(x, index):
@@ -488,9 +489,8 @@ class Objective(nn.Module):
             end = fused[torch.arange(len(fused), device=fused.device), reals.sum(1) - 1]
             out["itm"] = itm(*model.itm_head(end).chunk(3), ok)
         if cfg.mlm:
-            start, end, mask = model.text.end - 1, model.text.end, model.text.end + 1
-            special, asked = (start, end, mask), real & valid[:, None]
-            masked, labels = corrupt(ids, asked, mask, special, batch["rand_mask"])
+            asked, mask, words = real & valid[:, None], model.text.end + 1, model.text.end - 1
+            masked, labels = corrupt(ids, asked, mask, words, batch["rand_mask"])
             fused = model.fuse_with_text(image, model.text(masked)[0], real)
             out["mlm"] = mlm(model.lm_logits(fused), labels)
         if cfg.plm:

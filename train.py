@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -50,8 +49,7 @@ import losses
 import model as networks
 import text
 
-# --------------------------------------------------------------------------------------------------
-# Settings
+# ---- Settings ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -145,8 +143,9 @@ def boolean(word):
 
 def parse(argv):
     """Turn a command line into a Config: defaults, then the preset, then the flags."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    form = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    usage = "torchrun train.py [--flag value ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, **form)
     # Take the help of a flag from the comment behind its field.
     source = {line.split(":")[0].strip(): line for line in inspect.getsource(Config).split("\n")}
     fields = {f.name: f for f in dataclasses.fields(Config)}
@@ -155,12 +154,7 @@ def parse(argv):
         kind, reason = boolean if f.type is bool else f.type, source[name].partition("#")[2]
         help_ = f"{reason} ({f.default})"
         parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=help_)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        near = difflib.get_close_matches(word, fields, 1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
-        raise ValueError(f"unknown flag {unknown[0]}; {hint}")
+    given = parser.parse_args(argv)
     preset = getattr(given, "preset", "synthetic")
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -175,30 +169,26 @@ def parse(argv):
 def check(cfg):
     """Refuse settings that cannot work; return cfg."""
     counts = (cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every)
-    if min(counts) < 1:
-        raise ValueError("--steps, --bags, --accumulate, --k_o, --keywords, --log_every are >= 1")
-    if not any(getattr(cfg, name) for name in LOSSES):
-        raise ValueError(f"all of {', '.join(LOSSES)} have weight 0: nothing would be learned")
-    if cfg.size not in networks.SIZES:
-        raise ValueError(f"--size {cfg.size} is not one of {', '.join(networks.SIZES)}")
-    if cfg.children not in (1, 2, 4):
-        raise ValueError(f"--children is 1, 2 or 4 of a node's four, not {cfg.children}")
-    if cfg.negatives not in ("bag", "batch"):
-        raise ValueError(f"--negatives is bag or batch, not {cfg.negatives!r}")
-    if not 0 <= cfg.zoom < 1:
-        raise ValueError(f"--zoom is a share of the bag's side below 1, not {cfg.zoom}")
-    if cfg.preset == "paper" and cfg.vision != "random" and not (cfg.vision and cfg.text):
-        files = "--vision FILE (MahmoodLab/UNI) and --text FILE (wisdomik/QuiltNet-B-32)"
-        raise ValueError(f"the paper preset needs {files}; --vision random tries it without")
-    if cfg.text and not cfg.tokenizer:
-        raise ValueError("--text needs --tokenizer FILE, CLIP's bpe_simple_vocab_16e6.txt.gz")
-    if cfg.cache and (cfg.zoom or not cfg.freeze_vision):
-        raise ValueError("--cache needs --freeze_vision true and no --zoom: features are fixed")
+    bare = cfg.preset == "paper" and cfg.vision != "random" and not (cfg.vision and cfg.text)
+    files = "--vision FILE (MahmoodLab/UNI) and --text FILE (wisdomik/QuiltNet-B-32)"
+    for wrong, sentence in (
+        (min(counts) < 1, "--steps, --bags, --accumulate, --k_o, --keywords, --log_every are >= 1"),
+        (not any(getattr(cfg, name) for name in LOSSES), "all weights are 0: nothing is learned"),
+        (cfg.size not in networks.SIZES, f"--size {cfg.size}: it is one of {[*networks.SIZES]}"),
+        (cfg.children not in (1, 2, 4), f"--children is 1, 2 or 4, not {cfg.children}"),
+        (cfg.negatives not in ("bag", "batch"), f"--negatives is bag or batch: {cfg.negatives}"),
+        (not 0 <= cfg.zoom < 1, f"--zoom is a share of the bag's side below 1, not {cfg.zoom}"),
+        (bare, f"the paper preset needs {files}; --vision random tries it without"),
+        (cfg.text and not cfg.tokenizer, "--text needs --tokenizer bpe_simple_vocab_16e6.txt.gz"),
+        (cfg.cache and (cfg.zoom or not cfg.freeze_vision),
+         "--cache needs --freeze_vision true and no --zoom: features are fixed"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(sentence)
     return cfg
 
 
-# --------------------------------------------------------------------------------------------------
-# Model, optimiser, checkpoint
+# ---- Model, optimiser, checkpoint ----------------------------------------------------------------
 
 
 def choose_tokenizer(cfg, bags, captions, init):
@@ -307,19 +297,11 @@ def resume(state, path, objective, optimizer, cfg):
     return state["step"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Small parts of the loop
+# ---- Small parts of the loop ---------------------------------------------------------------------
 
 
 def nothing(*_):
     """Do nothing, in place of a call that only some processes make."""
-
-
-def settle(_):
-    """Prepare a loader process: the loop decides when to stop, and comes first on a CPU."""
-    os.nice(10)
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
 
 
 def keep_memory():
@@ -330,30 +312,17 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def to_device(batch, cfg, device):
-    """Move a batch to the device and augment its pixels there."""
-    batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
-    if "pixels" in batch:
-        batch["patches"] = data.augment(batch, cfg.jitter)  # [B, N, 3, S, S]
-    if cfg.compile:
-        # Let one graph serve all lengths of captions and all numbers of keywords.
-        for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1), ("keyword_real", 0)):
-            torch._dynamo.mark_dynamic(batch[name], axis)
-    return batch
-
-
-def matmul_rate(device, seconds=0.3):
-    """Measure the FLOP/s of large matrix products here, which MFU compares a step with."""
+def matmul_rate(device):
+    """Measure the FLOP/s of a large matrix product here, which MFU compares a step with."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     wait = torch.cuda.synchronize if device == "cuda" else nothing
-    a, best, start = torch.rand(n, n, device=device, dtype=dtype), 0.0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    a, best = torch.rand(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(20):
         wait()
         before = time.perf_counter()
-        for _ in range(4):
-            a @ a
+        a @ a
         wait()
-        best = max(best, 8 * n**3 / (time.perf_counter() - before))
+        best = max(best, 2 * n**3 / (time.perf_counter() - before))
     return best
 
 
@@ -378,25 +347,13 @@ def validate(objective, batches, device, autocast):
     objective.eval()
     total, n = 0, min(4, max(1, len(batches.bags) // batches.cfg.bags))
     for i in range(n):
-        batch = to_device(batches[i], batches.cfg, device)
+        batch = data.to_device(batches[i], batches.cfg, device)
         batch["free"] = torch.zeros_like(batch["free"])
         with autocast:
             parts, _ = objective(batch)
         total = total + torch.stack([*parts.values()]) / n
     objective.train()
     return dict(zip(parts, losses.all_mean(total).tolist(), strict=True))
-
-
-def find_faults(mean):
-    """List a sentence for each known failure that the means of the monitors show."""
-    said = []
-    if mean.get("std", 1) < 0.3:
-        said.append("the projections of MRTVA collapse (std below .3): lower --lr or --mrtva")
-    if mean.get("own", 1) < 1.2 * mean.get("chance", 0):
-        said.append("selected keywords agree with captions only by chance: raise --own_captions")
-    if not 1.01 * losses.TAU[0] < mean["tau"] < 0.99 * losses.TAU[1]:
-        said.append("ITC's temperature stands at its limit: lower --lr")
-    return said
 
 
 def open_log(run, cfg):
@@ -427,7 +384,7 @@ def make_world(folder):
         raise ValueError(f"{folder} was not made, see above: the same command continues")
 
 
-# --------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def main(argv):
@@ -440,11 +397,11 @@ def main(argv):
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     device, run, folder = cfg.device, Path(cfg.out), Path(cfg.data)
-    parts = f"{world} processes x {cfg.accumulate} micro-batches"
-    if cfg.bags % (cfg.accumulate * world):
-        raise ValueError(f"--bags {cfg.bags} cannot be split over {parts}: use a multiple")
-    if world > 1 and cfg.pairs * cfg.bags / (cfg.accumulate * world) % 1:
-        raise ValueError(f"--pairs {cfg.pairs} x --bags {cfg.bags} cannot be split over {parts}")
+    share = cfg.bags / (cfg.accumulate * world)
+    if share % 1 or (world > 1 and cfg.pairs * share % 1):
+        parts = f"{world} processes x {cfg.accumulate} micro-batches"
+        what = f"--bags {cfg.bags}" if share % 1 else f"--pairs {cfg.pairs} x --bags {cfg.bags}"
+        raise ValueError(f"{what} cannot be split over {parts}: use a multiple")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 remains
@@ -506,7 +463,7 @@ def main(argv):
         held_out.features = data.open_features(held_out.bags, name)
     left = range(step * cfg.accumulate, len(batches))
     loader = DataLoader(
-        batches, batch_size=None, sampler=left, num_workers=cfg.workers, worker_init_fn=settle,
+        batches, batch_size=None, sampler=left, num_workers=cfg.workers, worker_init_fn=data.settle,
         pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None,
     )  # fmt: skip
     loader = iter(loader)
@@ -514,7 +471,7 @@ def main(argv):
     # Measure the work of a step; then compile it, and wrap it for many processes.
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     objective.train()
-    flops = count_flops(objective, to_device(batches[0], cfg, device), autocast)
+    flops = count_flops(objective, data.to_device(batches[0], cfg, device), autocast)
     flops, rate = flops * cfg.accumulate * world, matmul_rate(device) * world
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
@@ -545,7 +502,7 @@ def main(argv):
         # forward, backward, update
         values = 0
         for micro in range(cfg.accumulate):
-            batch = to_device(next(loader), cfg, device)
+            batch = data.to_device(next(loader), cfg, device)
             last = micro == cfg.accumulate - 1 or world == 1
             with contextlib.nullcontext() if last else forward.no_sync():
                 with autocast:
@@ -580,14 +537,15 @@ def main(argv):
             row = {"step": step, **mean, "grad": norm.item(), "lr": learning_rate(step - 1, cfg)}
             row |= {"bags_per_s": speed * cfg.bags, "mfu": speed * flops / rate}
             row |= {"skipped": step - start - int(used)}
-            each = " ".join(f"{name} {mean[name]:.2f}" for name in parts).replace(" 0.", " .")
-            left, rate_ = (cfg.steps - step) / speed, row["bags_per_s"]
-            eta = f"{left / 60:.0f}m" if left < 7200 else f"{left / 3600:.0f}h"
-            rates = f"{rate_:.{1 if rate_ < 10 else 0}f} bags/s MFU {row['mfu']:.0%} ETA {eta}"
+            each = " ".join(f"{name} {mean[name]:.2f}" for name in parts)
+            each = each.replace(" 0.", " .").replace(" -0.", " -.")
+            left = (cfg.steps - step) / speed / 60
+            eta = f"{left:.0f}m" if left < 120 else f"{left / 60:.0f}h"
+            rates = f"{row['bags_per_s']:.3g} bags/s MFU {row['mfu']:.0%} ETA {eta}"
             say(f"{step:5d} loss {mean['loss']:.1f} {each} | {rates}")
             if rank == 0:
                 log(row)
-                for fault in find_faults(mean) if step > cfg.warmup else ():
+                for fault in losses.find_faults(mean) if step > cfg.warmup else ():
                     if fault not in told:
                         told.add(fault)
                         say(f"warning at step {step}: {fault}")
@@ -630,25 +588,20 @@ if __name__ == "__main__":
     # Before and after the loop all files are whole, so a signal may end the process at once.
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, lambda *_: os._exit(0))
+    code = 1
     try:
         main(sys.argv[1:])
+        code = 0
     except (ValueError, OSError) as e:
         # A loader's error carries its traceback before its own line.
-        print(
-            f"error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}",
-            file=sys.stderr,
-        )
+        sentence = str(e).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"error: {sentence}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        os._exit(0)
+        code = 0
     except Exception:
         traceback.print_exc()
-    else:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            sys.exit()
-        # Threads that processes talked through may abort a tidy end.
-        sys.stdout.flush()
-        os._exit(0)
-    # Leave at once: a tidy end would wait for loaders, and for processes that wait for this one.
+    # Leave at once: a tidy end waits for loaders, and for processes that wait for this one.
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)

@@ -243,7 +243,7 @@ class Networks:
             self.run = compiled(self.objective, dynamic=False, fullgraph=True)
 
     def __call__(self, batch):
-        batch = train.to_device(batch, self.cfg, DEVICE)
+        batch = data.to_device(batch, self.cfg, DEVICE)
         with autocast():
             parts, _ = self.run(batch)
         loss = sum(parts.values())
@@ -257,7 +257,7 @@ class Networks:
 
     def flops(self, batch):
         """Count the FLOPs of a step, forward and backward."""
-        batch = train.to_device(batch, self.cfg, DEVICE)
+        batch = data.to_device(batch, self.cfg, DEVICE)
         return train.count_flops(self.objective, batch, autocast())
 
 

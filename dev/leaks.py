@@ -28,7 +28,7 @@ PER_BAG = 16
 def load(folder, level, fact, rng):
     """Cut tumour patches of one node level -> uint8 [R, 3, S, S], facts [R], slides [R]."""
     bags = data.Bags(folder)
-    truth = evaluate.read_truth(bags)
+    truth = data.read_truth(bags)
     if not truth:
         raise ValueError(f"{folder} holds no truth: make it by prepare.world")
     at_level = np.flatnonzero(data.LEVEL == level)

@@ -67,7 +67,7 @@ def caption_loss(model, tokenizer, images, captions):
 def collect(bags, node):
     """Gather one node of every sixth bag -> images [n, 3, S, S], captions, truths of the node."""
     stored = text.Captions(bags.folder)
-    truth = evaluate.read_truth(bags)
+    truth = data.read_truth(bags)
     chosen = [i for i in range(2, len(bags), 6) if bags.valid[i, node]]
     if len(chosen) < 2 or not truth:
         raise ValueError(f"{bags.folder} has too few bags with truth: make them by prepare.world")

@@ -141,7 +141,7 @@ def test_without_a_gpu_the_loader_augments(parts):
     loaded, raw = build(parts, "--device", "cpu")[1], build(parts)[1]
     assert "pixels" not in loaded
     assert torch.equal(loaded["patches"], data.augment(raw, 0.2))
-    assert torch.equal(train.to_device(raw, train.Config(), "cpu")["patches"], loaded["patches"])
+    assert torch.equal(data.to_device(raw, train.Config(), "cpu")["patches"], loaded["patches"])
 
 
 def test_augmentation_keeps_its_digits_under_autocast(parts):

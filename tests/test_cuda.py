@@ -149,7 +149,7 @@ def step(fake, cfg, objective, optimizer, batch):
     vision.register_forward_pre_hook(lambda _, x: dtypes.append(x[0].dtype))
     vision.blocks[0].register_forward_hook(lambda *x: dtypes.append(x[2].dtype))
     with fake, Watch():
-        batch = train.to_device(batch, cfg, "gpu")
+        batch = data.to_device(batch, cfg, "gpu")
         with torch.autocast("gpu", torch.bfloat16):
             parts, monitors = objective(batch)
         loss = sum(getattr(cfg, name) * part for name, part in parts.items())

@@ -193,7 +193,7 @@ def test_damaged_results_are_named(tmp_path, broken):
 def test_a_broken_classes_json_is_named(tmp_path, broken):
     (tmp_path / "classes.json").write_text(broken)
     with pytest.raises(ValueError, match="classes.json is not in the form"):
-        evaluate.read_classes(tmp_path / "classes.json")
+        data.read_classes(tmp_path / "classes.json")
 
 
 # ---- A run, from end to end ---------------------------------------------------------------------

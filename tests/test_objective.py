@@ -58,7 +58,7 @@ def small_objective(**other):
 
 
 def a_batch(B=4, N=15, K=7, seed=0):
-    """Build a batch as data.Batches and train.to_device do, with patches [B, N, 3, 32, 32].
+    """Build a batch as data.Batches and data.to_device do, with patches [B, N, 3, 32, 32].
 
     Captions have unequal lengths, some nodes are invalid, some keywords padding, and one keyword is
     in two bags.
@@ -108,7 +108,7 @@ def a_batch(B=4, N=15, K=7, seed=0):
 def fix_draws(monkeypatch):
     """Make MLM's masks and PLM's prefixes functions of the caption, to compare row by row."""
 
-    def corrupt(ids, real, mask_id, special, rand):
+    def corrupt(ids, real, mask_id, words, rand):
         chosen = real & asks(ids)
         return torch.where(chosen, mask_id, ids), torch.where(chosen, ids, -100)
 
@@ -486,7 +486,7 @@ def test_the_docstring_of_batches_is_true():
 
 def test_a_batch_of_the_loader_goes_through_the_objective():
     batches = toy_batches()
-    batch = train.to_device(batches[0], batches.cfg, "cpu")
+    batch = data.to_device(batches[0], batches.cfg, "cpu")
     assert batch["patches"].shape == (4, 15, 3, 32, 32)
     tokenizer = batches.tokenizer
     model = small()
@@ -503,8 +503,8 @@ def test_each_draw_of_the_augmentation_is_used(name):
     batches = toy_batches()
     batch = batches[0]
     fewer = {k: x for k, x in batch.items() if k != name}
-    patches = train.to_device(batch, batches.cfg, "cpu")["patches"]
-    assert not torch.equal(train.to_device(fewer, batches.cfg, "cpu")["patches"], patches)
+    patches = data.to_device(batch, batches.cfg, "cpu")["patches"]
+    assert not torch.equal(data.to_device(fewer, batches.cfg, "cpu")["patches"], patches)
 
 
 # --------------------------------------------------------------------------------------------------

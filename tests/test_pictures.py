@@ -144,7 +144,7 @@ LABELS = {
 
 
 def test_public_data_sets_have_the_classes_they_are_known_to_have():
-    known = evaluate.read_classes(labelled.PROMPTS)
+    known = data.read_classes(labelled.PROMPTS)
     assert {name: " ".join(classes) for name, classes in known["facts"].items()} == LABELS
     templates = known["templates"]
     assert len(set(templates)) == len(templates) > 10

@@ -82,7 +82,6 @@ def test_flags_parse_by_type_and_mistakes_are_named():
     assert (paper.k_o, paper.size, paper.data) == (3, "paper", "data/synthetic-224")
     nothing = [word for name in train.LOSSES for word in (f"--{name}", "0")]
     for argv, message in (
-        (["--stesp", "3"], "did you mean --steps"),
         (["--preset", "x"], "unknown preset"),
         (["--children", "3"], "1, 2 or 4"),
         (["--text", "x"], "needs --tokenizer"),
@@ -92,7 +91,7 @@ def test_flags_parse_by_type_and_mistakes_are_named():
         (["--bags", "0"], ">= 1"),
         (["--negatives", "x"], "bag or batch"),
         (["--zoom", "1"], "zoom"),
-        (nothing, "nothing would be learned"),
+        (nothing, "nothing is learned"),
     ):
         with pytest.raises(ValueError, match=message):
             train.parse(argv)
@@ -116,7 +115,7 @@ def test_schedule_by_hand():
 
 def test_weight_zero_removes_a_loss_and_every_parameter_learns(world):
     batches, objective = setup(world, "--cvta", "0")
-    batch = train.to_device(batches[0], objective.cfg, "cpu")
+    batch = data.to_device(batches[0], objective.cfg, "cpu")
     assert set(objective(batch)[0]) == {"itc", "itm", "mlm", "plm", "mrtva"}
     batches, objective = setup(world)
     parts, _ = objective(batch)
@@ -163,8 +162,7 @@ def test_a_frozen_tower_enters_neither_optimiser_nor_checkpoint_changes(world, t
 
 def test_mistakes_get_one_sentence(world, tmp_path):
     done = run("--stesp", "3", check=False)
-    sentence = "error: unknown flag --stesp; did you mean --steps?\n"
-    assert done.returncode == 1 and done.stderr == sentence
+    assert done.returncode == 2 and "unrecognized arguments: --stesp 3" in done.stderr
     (tmp_path / "empty" / "train").mkdir(parents=True)
     paper = ["--preset", "paper", "--text", "q", "--tokenizer", "b", "--vision", "uni.bin"]
     for argv, message in (
@@ -195,7 +193,7 @@ def test_the_objective_compiles_whole_and_once(world):
             spare = batches.context - batch["ids"].shape[2]
             batch["ids"] = torch.nn.functional.pad(batch["ids"], (0, spare))
         lengths.add(batch["ids"].shape[2])
-        batch = train.to_device(batch, objective.cfg, "cpu")
+        batch = data.to_device(batch, objective.cfg, "cpu")
         twin = copy.deepcopy(objective)
         parts, _ = compiled(batch)
         sum(parts.values()).backward()
@@ -438,13 +436,13 @@ def test_a_log_line_fits_the_screen(world, tmp_path):
 
 def test_faults_are_told():
     healthy = {"std": 1.0, "own": 0.5, "chance": 0.2, "tau": 0.07}
-    assert train.find_faults(healthy) == []
+    assert losses.find_faults(healthy) == []
     for ill, word in (
         ({"std": 0.1}, "collapse"),
         ({"own": 0.2}, "chance"),
         ({"tau": 0.01}, "limit"),
     ):
-        assert [word in said for said in train.find_faults(healthy | ill)] == [True]
+        assert [word in said for said in losses.find_faults(healthy | ill)] == [True]
 
 
 def test_config_of_a_run_is_kept(world, tmp_path):

@@ -16,7 +16,6 @@ from conftest import Script, script
 from PIL import Image
 
 import data
-import evaluate
 import text
 from prepare import paint, world
 from prepare.paint import ARCHITECTURES, CYTOLOGIES, TISSUES
@@ -278,8 +277,8 @@ def test_the_world_is_what_a_lab_brings(world):
         captions = text.Captions(bags.folder)
         assert all(all(captions[key]) for key in bags.keys)
     # The classes of each fact are those that the truth names.
-    classes = evaluate.read_classes(world / "classes.json")
-    truth = evaluate.read_truth(train)
+    classes = data.read_classes(world / "classes.json")
+    truth = data.read_truth(train)
     for fact, names in classes["facts"].items():
         found = {row[fact] for bag in truth.values() for row in bag if row[fact]}
         assert found and found <= set(names)
