@@ -14,6 +14,7 @@ References: [1] MR-PLIP, CVPR 2025. [2] Ruifrok & Johnston 2001, stains. [3] Tel
 stain augmentation.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -327,6 +328,7 @@ class Batches(Dataset):
     bag            [B]                    number of the bag: its patches are kin
     nodes          [B, N]                 node numbers 0 .. 84
     valid          [B, N] bool            the node holds tissue, and the slide its magnification
+    told           [B, N] bool            it is valid and has a caption, as ITC, ITM, MLM, PLM need
     weight         [B, N]                 1 / (nodes of that magnification), or 1; 0 if not valid
     ids            [B, N, T]              caption of each node
     caption_rows   [M]                    nodes that ITM, MLM and PLM read: bag x N + n
@@ -362,18 +364,20 @@ class Batches(Dataset):
         index = listed[mine]
         nodes = sample_nodes(G, cfg.children, g)[mine]  # [B, N]
         valid = self.bags.valid[index].gather(1, nodes)  # [B, N]
-        batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid}
-        batch |= self.draw_pairs(valid, g)
-        batch["free"] = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
-        batch["weight"] = valid.float()
-        if cfg.balance:
-            batch["weight"] = valid / self.sizes.repeat_interleave(self.sizes)
-
-        # Captions of the nodes, keywords of the bags.
+        # Captions of the nodes. One without a caption selects among all keywords of the bag.
         spoken = []
         for j, row in zip(index, nodes.tolist(), strict=True):
             said = self.captions[self.bags.keys[j]]
             spoken.append([said[n] or "" for n in row])
+        told = valid & torch.tensor([[bool(caption) for caption in row] for row in spoken])
+        batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid, "told": told}
+        batch |= self.draw_pairs(told, g)
+        free = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
+        batch["free"] = free | ~told
+        batch["weight"] = valid.float()
+        if cfg.balance:
+            batch["weight"] = valid / self.sizes.repeat_interleave(self.sizes)
+
         ids = self.tokenizer.batch([c for row in spoken for c in row], self.context)
         if self.world == 1:  # several processes exchange rows, so theirs keep one length
             ids = text.trim(ids, self.tokenizer.end)
@@ -421,21 +425,19 @@ class Batches(Dataset):
         bound = self.cfg.own_captions
         return min(1.0, max(0.0, (done - bound) / 0.1)) if bound else 1.0
 
-    def draw_pairs(self, valid, g):
-        """Draw the M nodes that the caption losses read, and the random numbers of these rows.
-
-        Magnifications take turns. A node is drawn among the valid ones of its magnification; if
-        there is none, an invalid one stands in, which the masks drop.
-        """
-        (B, N), M = valid.shape, self.M
+    def draw_pairs(self, told, g):
+        """Draw the M nodes that the caption losses read, and the random numbers of these rows."""
+        (B, N), M = told.shape, self.M
+        level = torch.arange(4).repeat_interleave(self.sizes)  # [N]
         shift = int(torch.randint(0, 4, (), generator=g))
         score = torch.rand(B * self.world, N, generator=g)[self.rank * B : self.rank * B + B]
-        score = (score + valid).split(self.sizes.tolist(), 1)  # 4 x [B, nodes]
-        first, pairs = (self.sizes.cumsum(0) - self.sizes).tolist(), []
+        pairs = []
         for k in range(M):
-            bag, magnification = k * B // M, (k + self.rank * M + shift) % 4
-            best = int(score[magnification][bag].argmax())
-            pairs.append(bag * N + first[magnification] + best)
+            # Magnifications take turns. If no node of one has a caption, take any that has one. In
+            # a bag without captions any node stands in, and the masks drop it.
+            bag, turn = k * B // M, (k + self.rank * M + shift) % 4
+            best = (score[bag] + told[bag] * (1 + (level == turn))).argmax()
+            pairs.append(bag * N + int(best))
         out = {"caption_rows": torch.tensor(pairs)}
         mine, G = slice(self.rank * M, self.rank * M + M), M * self.world
         mask = torch.rand(G, 3, self.context, generator=g)[mine]
@@ -475,25 +477,36 @@ class Batches(Dataset):
         return out | {"bag_keywords": bag_keywords, "w_valid": w_valid, "own": own}
 
 
-def check_captions(bags, captions):
-    """Yield every caption of bags; ValueError if a valid node has none."""
-    for i, key in enumerate(tqdm(bags.keys, desc="keywords", unit="bag", leave=False)):
-        said = captions[key]
-        for n in range(NODES):
-            if bags.valid[i, n] and not said[n]:
-                remedy = "give every patch one with `python -m prepare.captions`"
-                raise ValueError(f"{bags.folder}: node {n} of {key} has no caption: {remedy}")
-        yield from said
+def count_keywords(bags, captions, missing=0.0):
+    """Count the keywords of all captions -> dict of text.count_corpus, kept beside the shards.
 
-
-def count_keywords(bags, captions):
-    """Count the keywords of all captions -> dict; keep it beside the shards as keywords.json."""
+    It also counts the "untold", valid nodes of no caption. ValueError if these are more than the
+    share `missing` of "valid".
+    """
     path = bags.folder / "keywords.json"
-    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]
+    valid, untold = int(bags.valid.sum()), []
+    stamp = [valid, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]]
+
+    def read():
+        for i, key in enumerate(tqdm(bags.keys, "keywords", unit="bag", leave=False, disable=None)):
+            said = captions[key]
+            silent = [n for n in range(NODES) if bags.valid[i, n] and not said[n]]
+            if silent:
+                untold.append((len(silent), f"node {silent[0]} of {key}"))
+            yield from said
+
     corpus = json.loads(path.read_text()) if path.exists() else {}
     if corpus.get("stamp") != stamp:
-        corpus = text.count_corpus(check_captions(bags, captions)) | {"stamp": stamp}
-        write_whole(path, json.dumps(corpus, ensure_ascii=False))
+        corpus = text.count_corpus(read()) | {"stamp": stamp, "valid": valid}
+        corpus["untold"] = sum(count for count, _ in untold)
+        corpus["first"] = untold[0][1] if untold else ""
+        # Where nothing may be written, count at each start.
+        with contextlib.suppress(OSError):
+            write_whole(path, json.dumps(corpus, ensure_ascii=False))
+    if corpus["untold"] > missing * valid:
+        state = f"{bags.folder}: {corpus['first']} has no caption, as {corpus['untold']} of {valid}"
+        remedy = "give them one with `python -m prepare.captions`, or allow a share by --missing"
+        raise ValueError(f"{state}: {remedy}")
     return corpus
 
 

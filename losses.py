@@ -439,7 +439,7 @@ class Objective(nn.Module):
         if cfg.itc:
             bag = batch["bag"].repeat_interleave(N)  # [BN]
             tau = (-model.itc_scale).exp()
-            out["itc"] = itc(v, t, bag, tau, batch["weight"].flatten(), cfg.kin)
+            out["itc"] = itc(v, t, bag, tau, (batch["weight"] * batch["told"]).flatten(), cfg.kin)
         seen = {"tau": (-model.itc_scale).exp().detach()}
 
         if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva:
@@ -473,11 +473,11 @@ class Objective(nn.Module):
         """Compute ITM, MLM and PLM on M patches and their captions."""
         model, cfg, out = self.model, self.cfg, {}
         row = batch["caption_rows"]  # [M] numbers into BN
-        ids, valid = batch["ids"].flatten(0, 1)[row], batch["valid"].flatten()[row]
+        ids, valid = batch["ids"].flatten(0, 1)[row], batch["told"].flatten()[row]
         real = real_tokens(ids, model.text.end)  # [M, T]
         image, text = take(image_tokens, row), take(text_tokens, row)  # [M, V, D], [M, T, Dt]
         if cfg.itm:
-            bag = batch["bag"].repeat_interleave(batch["valid"].shape[1])[row]
+            bag = batch["bag"].repeat_interleave(batch["told"].shape[1])[row]
             tau = (-model.itc_scale).exp()
             i, j, ok = hard_negatives(v[row], t[row], bag, tau, valid, batch["rand_negative"])
             # Fuse the true pairs, captions with a wrong image, images with a wrong caption.

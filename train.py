@@ -65,6 +65,7 @@ class Config:
     bags: int = 32  # bags a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches a step; saves memory, but negatives stay inside each
     children: int = 1  # of 4 children, those seen in a step: 1, 2, 4 -> 4, 15, 85 nodes a bag
+    missing: float = 0.01  # share of the patches that may lack a caption
     pairs: float = 0.5  # patches per bag that ITM, MLM and PLM read
     keywords: int = 24  # keywords of a bag at most
     flips: bool = True  # turn and mirror the bags
@@ -348,7 +349,7 @@ def validate(objective, batches, device, autocast):
     total, n = 0, min(4, max(1, len(batches.bags) // batches.cfg.bags))
     for i in range(n):
         batch = data.to_device(batches[i], batches.cfg, device)
-        batch["free"] = torch.zeros_like(batch["free"])
+        batch["free"] = ~batch["told"]
         with autocast:
             parts, _ = objective(batch)
         total = total + torch.stack([*parts.values()]) / n
@@ -422,9 +423,9 @@ def main(argv):
     barrier()
     bags, captions = data.Bags(folder / "train"), text.Captions(folder / "train")
     if rank == 0:
-        data.count_keywords(bags, captions)
+        data.count_keywords(bags, captions, cfg.missing)
     barrier()
-    corpus = data.count_keywords(bags, captions)
+    corpus = data.count_keywords(bags, captions, cfg.missing)
     if cfg.eval_every:  # look now, not after three days
         test, test_captions = data.Bags(folder / "test"), text.Captions(folder / "test")
 
@@ -482,6 +483,8 @@ def main(argv):
         )  # fmt: skip
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     say(f"{len(bags)} bags of 85 patches of {bags.S} px; {trained / 1e6:.1f}M parameters train")
+    if corpus["untold"]:
+        say(f"{corpus['untold']} of {corpus['valid']} patches have no caption")
     say(f"{world} x {device}, multiplying matrices at {rate / world / 1e12:.2f} TFLOP/s each")
 
     # A signal only raises a flag. The loop stops after the step, so nothing is half done.

@@ -47,7 +47,8 @@ def test_batch_has_the_documented_shapes(parts):
     T, U = batch["ids"].shape[2], len(batch["keywords"])
     shapes = {
         "pixels": (B, 3, 8 * S, 8 * S), "flips": (B,), "stain": (B, 2, 3), "bag": (B,),
-        "nodes": (B, N), "valid": (B, N), "weight": (B, N), "ids": (B, N, T), "caption_rows": (M,),
+        "nodes": (B, N), "valid": (B, N), "told": (B, N), "weight": (B, N), "ids": (B, N, T),
+        "caption_rows": (M,),
         "rand_mask": (M, 3, 65), "rand_prefix": (M,), "rand_negative": (M, 2),
         "keywords": (U, batch["keywords"].shape[1]), "keyword_real": (U,),
         "bag_keywords": (B, K), "w_valid": (B, K), "own": (B, N, K), "free": (B, N),
@@ -186,8 +187,38 @@ def test_a_missing_caption_is_named_and_counts_are_kept(parts, tmp_path, world):
     node = int(np.flatnonzero(bags.valid[bags.keys.index(first)])[3])
     kept = [row for row in rows if (row["key"], row["node"]) != (first, node)]
     file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    with pytest.raises(ValueError, match=f"node {node} of {first} has no caption: .*prepare"):
+    with pytest.raises(
+        ValueError, match=f"node {node} of {first} has no caption, as 1 of .*prepare"
+    ):
         data.count_keywords(bags, text.Captions(folder))
+    # A share may lack one, and is counted.
+    counted = data.count_keywords(bags, text.Captions(folder), missing=0.01)
+    assert counted["untold"] == 1 and counted["valid"] == int(bags.valid.sum())
+
+
+class Sparse:
+    """The captions of a few nodes alone, as PathGen has them."""
+
+    def __init__(self, captions, nodes):
+        self.captions, self.nodes, self.files = captions, nodes, captions.files
+
+    def __getitem__(self, key):
+        return [c if n in self.nodes else None for n, c in enumerate(self.captions[key])]
+
+
+def test_patches_without_a_caption_are_read_by_the_losses_that_need_none(parts):
+    bags, captions, tokenizer, corpus = parts
+    sparse = Sparse(captions, {0, 7, 30})
+    batch = build((bags, sparse, tokenizer, corpus), "--children", "4", "--pairs", "4")[0]
+    assert torch.equal(
+        batch["told"], batch["valid"] & torch.isin(batch["nodes"], torch.tensor([0, 7, 30]))
+    )
+    # Whatever magnification has its turn, a patch with a caption is drawn.
+    assert batch["told"].flatten()[batch["caption_rows"]].all()
+    assert set(batch["nodes"].flatten()[batch["caption_rows"]].tolist()) == {0, 7, 30}
+    # The others select among all keywords of the bag, from the first step.
+    assert torch.equal(batch["free"], ~batch["told"]) and not batch["own"][~batch["told"]].any()
+    assert batch["weight"][batch["valid"]].all()
 
 
 def test_every_field_of_the_settings_is_a_flag_with_a_reason(capsys):

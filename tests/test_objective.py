@@ -85,11 +85,13 @@ def a_batch(B=4, N=15, K=7, seed=0):
     real = torch.zeros(len(keywords), dtype=torch.bool)
     real[bag_keywords[w_valid]] = True
     pairs = torch.arange(B)[:, None] * N + torch.randint(0, N, (B, 2), generator=g)
+    told = valid & (torch.arange(N) % 5 != 3)
     return {
         "patches": torch.rand(B, N, 3, 32, 32, generator=g),
         "bag": torch.arange(B) + 5,
         "nodes": data.sample_nodes(B, 2, g),
         "valid": valid,
+        "told": told,
         "weight": valid / sizes.repeat_interleave(sizes),
         "ids": ids,
         "caption_rows": pairs.flatten(),
@@ -197,7 +199,7 @@ def test_the_objective_term_by_term(monkeypatch, negatives):
 
     monkeypatch.setattr(losses, "hard_negatives", shifted)
     objective, b = small_objective(kin=0.3, negatives=negatives), a_batch()
-    model, valid, ids = objective.model, b["valid"].flatten(), b["ids"].flatten(0, 1)
+    model, ids = objective.model, b["ids"].flatten(0, 1)
     got, _ = objective(b)
     images, bag = b["patches"].flatten(0, 1), b["bag"].repeat_interleave(15)
     v, t, w = model.encode_image(images), model.encode_text(ids), model.encode_text(b["keywords"])
@@ -205,13 +207,15 @@ def test_the_objective_term_by_term(monkeypatch, negatives):
     tau, tau_cvta = (-model.itc_scale).exp().item(), (-model.cvta_scale).exp().item()
     # A node weighs 1 / the nodes of its magnification.
     weight = torch.tensor([1.0] + [0.5] * 2 + [0.25] * 4 + [0.125] * 8) * b["valid"]
-    expected = {"itc": itc_numpy(array(v), array(t), array(bag), tau, array(weight.flatten()), 0.3)}
+    told = b["told"].flatten()
+    itc_weight = array(weight.flatten() * told)
+    expected = {"itc": itc_numpy(array(v), array(t), array(bag), tau, itc_weight, 0.3)}
 
     # The caption losses read their rows without padding.
     image, rows = model.to_fusion(model.vision_tokens(images)), b["caption_rows"]
     captions = [ids[r][: int((ids[r] == END).nonzero()[0]) + 1] for r in rows]
-    expected["itm"] = expected_itm(model, image, rows, captions, valid)
-    expected["mlm"], expected["plm"] = expected_words(model, image, rows, captions, valid)
+    expected["itm"] = expected_itm(model, image, rows, captions, told)
+    expected["mlm"], expected["plm"] = expected_words(model, image, rows, captions, told)
 
     allowed, spared = b["own"] | b["free"][..., None], b["own"] & ~b["free"][..., None]
     args = [array(x) for x in (weight, b["w_valid"], allowed, spared)]
@@ -289,7 +293,7 @@ def without_a_valid_node(batch):
     """Append a bag that has captions and no tissue; the table of keywords is left alone."""
     extra, out = a_batch(B=1, seed=9), dict(batch)
     extra["valid"] = extra["valid"] & False
-    extra["weight"] = extra["weight"] * 0
+    extra["told"], extra["weight"] = extra["valid"], extra["weight"] * 0
     extra["bag_keywords"], extra["bag"] = batch["bag_keywords"][:1], torch.tensor([99])
     for name in per_bag(batch):
         out[name] = torch.cat([batch[name], extra[name]])
@@ -298,7 +302,7 @@ def without_a_valid_node(batch):
 
 def per_bag(batch):
     """List what a batch holds a row a bag of."""
-    names = "patches bag nodes valid weight ids bag_keywords w_valid own free".split()
+    names = "patches bag nodes valid told weight ids bag_keywords w_valid own free".split()
     return [name for name in names if name in batch]
 
 
@@ -316,6 +320,8 @@ def test_padding_and_order_change_nothing(monkeypatch, negatives):
     ids[out] = ids[0, 0].clone()
     noise = torch.rand_like(batch["patches"])
     assert same(patches=torch.where(out[..., None, None, None], noise, batch["patches"]), ids=ids)
+    # What a node says that has no caption.
+    assert same(ids=torch.where(batch["told"][..., None], batch["ids"], ids[0, 0]))
     # Tokens and keywords that only fill up.
     blank = torch.tensor([40, END, 0, 0]).repeat(5, 1)
     more = {"ids": F.pad(batch["ids"], (0, 2)), "own": F.pad(batch["own"], (0, 2), value=True)}
@@ -343,7 +349,8 @@ def test_padding_and_order_change_nothing(monkeypatch, negatives):
 def test_one_bag_and_no_keywords_still_train():
     batch = a_batch(B=1)
     nothing = {"w_valid": batch["w_valid"] & False, "own": batch["own"] & False}
-    no_tissue = {"valid": batch["valid"] & False, "weight": batch["weight"] * 0}
+    no = batch["valid"] & False
+    no_tissue = {"valid": no, "told": no, "weight": batch["weight"] * 0}
     for other in ({}, nothing, no_tissue):
         objective = small_objective()
         parts, seen = objective(batch | other)

@@ -16,6 +16,7 @@ from conftest import script
 from PIL import Image
 from test_model import clip_state, timm_state
 
+import data
 import evaluate
 import model as networks
 import text

@@ -428,6 +428,17 @@ def test_the_default_world_is_made_by_a_process_of_its_own(tmp_path, monkeypatch
     assert "RANK" not in made["env"]
 
 
+def test_a_run_goes_on_without_some_captions(world, tmp_path):
+    folder = shutil.copytree(world, tmp_path / "data")
+    path = sorted((folder / "train").glob("*.captions.jsonl"))[0]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[3:]))
+    argv = ("--data", folder, "--out", tmp_path / "x", "--steps", 2, *SMALL)
+    assert "3 of 1990 patches have no caption" in run(*argv).stdout
+    refused = run(*argv, "--missing", 0, "--out", tmp_path / "y", check=False)
+    assert refused.returncode == 1 and "allow a share by --missing" in refused.stderr
+
+
 def test_a_log_line_fits_the_screen(world, tmp_path):
     done = run("--data", world, "--out", tmp_path / "x", "--steps", 2, *SMALL)
     lines = [line for line in (done.stdout + done.stderr).split("\n") if "bags/s MFU" in line]
