@@ -27,7 +27,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,20 @@ MOST_FAILURES = 50
 # ---------------------------------------------------------------- a server
 
 
+def read_answer(answer):
+    """Take the caption out of a server's answer -> (caption, None), or (None, why it is none)."""
+    choice = answer["choices"][0]
+    # Make it one line, without broken characters.
+    said = (choice["message"]["content"] or "").encode("utf-8", "replace").decode()
+    caption = " ".join(said.split())
+    if not caption:
+        return None, "empty"
+    start = caption.lower().replace("\u2019", "'")
+    if start.startswith(REFUSALS) or choice.get("finish_reason") == "content_filter":
+        return None, f"refused: {caption[:100]}"
+    return caption, None
+
+
 class Server:
     """A chat server. Its methods raise ValueError if it can answer no question at all."""
 
@@ -64,23 +78,19 @@ class Server:
         # Set when nothing more is to be asked, so that no thread waits for another try.
         self.stop = threading.Event()
 
-    def _request(self, path, body=None):
+    def request(self, path, body=None):
+        """Send a request -> what the server answers, from JSON."""
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         request = urllib.request.Request(self.endpoint + path, body, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as e:
-            # Keep what the server says of it, in one line.
-            e.msg = " ".join(e.read(200).decode(errors="replace").split())
-            raise
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.loads(answer.read())
 
     def check(self):
         """Look whether the server is there, and has the model."""
         try:
-            names = [str(row["id"]) for row in self._request("/models")["data"]]
+            names = [str(row["id"]) for row in self.request("/models")["data"]]
         except (urllib.error.HTTPError, ValueError, KeyError, TypeError):
             # Not every server lists its models; the first question will tell.
             return
@@ -92,43 +102,33 @@ class Server:
 
     def ask(self, jpeg):
         """Describe a picture (bytes) -> (caption, None), or (None, the reason why not)."""
-        picture = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": picture}},
-            {"type": "text", "text": self.prompt},
-        ]
+        url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        content.append({"type": "text", "text": self.prompt})
         question = {"model": self.model, "temperature": 0, "max_tokens": 256}
         question["messages"] = [{"role": "user", "content": content}]
         body = json.dumps(question).encode()
         # Ask until there is an answer, or the last pause is over.
         for pause in (*PAUSES, None):
             try:
-                choice = self._request("/chat/completions", body)["choices"][0]
-                answer = choice["message"]["content"] or ""
-                # Make it one line, without broken characters.
-                caption = " ".join(answer.encode("utf-8", "replace").decode().split())
-                break
+                return read_answer(self.request("/chat/completions", body))
             except urllib.error.HTTPError as e:
-                reason = f"{e.code} {e.msg}"
+                # Keep what the server says of it, in one line.
+                said = " ".join(e.read(200).decode(errors="replace").split())
+                reason = f"{e.code} {said}"
                 if e.code in (401, 403, 404):
                     hint = "check --endpoint, --model and OPENAI_API_KEY"
                     raise ValueError(f"{self.endpoint} refuses ({reason}): {hint}") from None
                 # The same question would get the same answer, unless the server is busy.
                 if e.code < 500 and e.code not in (408, 409, 425, 429):
-                    return None, reason
+                    break
             except Exception as e:
                 # Whatever came instead of an answer, the next try may do better.
                 reason = f"no answer ({e!r})"
             # Spread the tries of many threads.
             if pause is None or self.stop.wait(pause * random.uniform(0.75, 1.25)):
-                return None, reason
-        # An answer may still be no caption.
-        if not caption:
-            return None, "empty"
-        start = caption.lower().replace("\u2019", "'")
-        if start.startswith(REFUSALS) or choice.get("finish_reason") == "content_filter":
-            return None, f"refused: {caption[:100]}"
-        return caption, None
+                break
+        return None, reason
 
 
 # ---------------------------------------------------------------- asking
@@ -147,9 +147,8 @@ def answered(path, server):
         asked = (row.get("model"), row.get("prompt"))
         if asked != (server.model, server.prompt):
             held = f"{path} holds captions of model {asked[0]!r} and prompt {asked[1]!r}"
-            raise ValueError(
-                f"{held}, not {server.model!r} and {server.prompt!r}: move the file away"
-            )
+            wanted = f"not {server.model!r} and {server.prompt!r}"
+            raise ValueError(f"{held}, {wanted}: move the file away")
         rows[row["key"], row["node"]] = row
     return rows
 
@@ -175,11 +174,9 @@ def questions(bags, number, levels, rows, bar):
 def put(server, asked, rows, part, concurrency, bar):
     """Put questions to the server, add answers to rows and file -> reasons why some failed."""
     turn = threading.Lock()
-    reasons = []
-    failed_in_a_row = 0
+    reasons = []  # of all answers, None for a caption
 
     def work():
-        nonlocal failed_in_a_row
         while not server.stop.is_set():
             with turn:
                 question = next(asked, None)
@@ -189,32 +186,26 @@ def put(server, asked, rows, part, concurrency, bar):
             caption, reason = server.ask(jpeg)
             with turn:
                 bar.update()
-                if caption is None:
-                    reasons.append(reason)
-                    failed_in_a_row += 1
-                    if failed_in_a_row < MOST_FAILURES:
-                        continue
+                reasons.append(reason)
+                if caption:
+                    row = dict(key=key, node=node, caption=caption)
+                    rows[key, node] = row | dict(model=server.model, prompt=server.prompt)
+                    # Write at once: what is answered is kept, however the command ends.
+                    with open(part, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(rows[key, node], ensure_ascii=False) + "\n")
+                elif len(reasons) >= MOST_FAILURES and None not in reasons[-MOST_FAILURES:]:
                     gone = f"{MOST_FAILURES} questions in a row failed at {server.endpoint}"
                     raise ValueError(f"{gone} ({reason}): the same command continues")
-                failed_in_a_row = 0
-                # Write at once: what is answered is kept, however the command ends.
-                row = dict(key=key, node=node, caption=caption)
-                row |= dict(model=server.model, prompt=server.prompt)
-                with open(part, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                rows[key, node] = row
 
     server.stop.clear()
     # After an error or Ctrl-C, the pool waits for the questions in hand: their answers count.
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            threads = [pool.submit(work) for _ in range(concurrency)]
-            wait(threads, return_when=FIRST_EXCEPTION)
+            for thread in as_completed([pool.submit(work) for _ in range(concurrency)]):
+                thread.result()
         finally:
             server.stop.set()
-    for thread in threads:
-        thread.result()
-    return reasons
+    return [reason for reason in reasons if reason]
 
 
 def ask(folder, server, mags=data.MAGS, concurrency=32):
@@ -248,8 +239,7 @@ def ask(folder, server, mags=data.MAGS, concurrency=32):
             captions += len(rows) - before
             # Sort the answers into a file that appears whole.
             if part.exists():
-                ordered = sorted(rows.values(), key=lambda row: (row["key"], row["node"]))
-                lines = [json.dumps(row, ensure_ascii=False) for row in ordered]
+                lines = [json.dumps(rows[place], ensure_ascii=False) for place in sorted(rows)]
                 data.write_whole(path, "\n".join([*lines, ""]))
                 part.unlink()
     bar.close()
@@ -270,7 +260,6 @@ def read_source(source):
 
     Such a folder holds one {"Image", "Answer", ...} for each image, as the authors' release does.
     """
-    source = Path(source)
     if source.is_dir():
         files = sorted(source.glob("*.json"))
         if not files:
@@ -316,7 +305,7 @@ def match_captions(source, bags):
     targets |= {name: name for name in [*bags.slides, *bags.keys]}
     captions = {}
     strangers = []
-    for place, record in read_source(source):
+    for place, record in read_source(Path(source)):
         name, node, caption = read_record(place, record)
         target = targets.get(name) or targets.get(Path(name).stem)
         # KEY_NODE.png is the image of a node.
@@ -350,12 +339,11 @@ def read(source, folder):
             raise ValueError(f"{held}: move them away to replace them")
 
     # Write a line for each node that has a caption.
-    bare = []
+    told = set()
     for number, shard in enumerate(bags.shards):
         lines = []
         for i in np.flatnonzero(bags.shard_of == number):
             key = bags.keys[i]
-            before = len(lines)
             for node in range(data.NODES):
                 # The nearest caption counts: the node's, the bag's, the slide's.
                 places = {"image": (key, node), "bag": (key, None), "slide": (bags.slides[i], None)}
@@ -363,9 +351,9 @@ def read(source, folder):
                 if kind:
                     row = dict(key=key, node=node, caption=captions[places[kind]], source=kind)
                     lines.append(json.dumps(row, ensure_ascii=False))
-            if len(lines) == before:
-                bare.append(key)
+                    told.add(key)
         data.write_whole(shard.with_suffix(".captions.jsonl"), "\n".join([*lines, ""]))
+    bare = [key for key in bags.keys if key not in told]
     if bare:
         print(f"{source}: {len(bare)} bags have no caption, first {bare[0]}", file=sys.stderr)
     return len(bags.shards)

@@ -25,46 +25,51 @@ import data
 import model as networks
 
 
-def is_finished(path, shard):
-    """Tell whether the features exist and are not older than their shard."""
-    return path.exists() and path.stat().st_mtime >= shard.stat().st_mtime
-
-
 @torch.no_grad()
-def cache_features(see, bags, name, device="cpu", workers=0, rank=0, world=1):
+def cache_features(see, bags, name, device="cpu", workers=0, rank=0, world=1, at_once=128):
     """Write the features of every shard that is dealt to this process and has none.
 
-    see: images [85, 3, S, S] in [0, 1] -> tokens [85, V, Dv]; workers: loader processes.
+    see: images [at_once, 3, S, S] in [0, 1] -> tokens [at_once, V, Dv]; workers: loader processes.
     """
-    paths = [shard.with_suffix(f".{name}.npy") for shard in bags.shards]
-    mine = range(rank, len(paths), world)
-    todo = {k for k in mine if not is_finished(paths[k], bags.shards[k])}
-    order = [i for i in range(len(bags)) if bags.shard_of[i] in todo]
+    numbers = range(rank, len(bags.shards), world)
+    todo = [i for i in numbers if not data.features_path(bags, i, name).exists()]
+    order = np.flatnonzero(np.isin(bags.shard_of, todo)).tolist()
     on_gpu = device == "cuda"
     loading = dict(sampler=order, num_workers=workers, pin_memory=on_gpu)
     loader = DataLoader(bags, batch_size=None, **loading)
-    sizes = np.bincount(bags.shard_of)
-    rows = []
+    left = np.bincount(bags.shard_of)
+    waiting, rows = [], []
+
+    def run(images):
+        # Fill up the last batch of a shard: a compiled tower wants one size.
+        padded = torch.cat([images, images.new_zeros(at_once - len(images), *images.shape[1:])])
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            rows.append(see(padded)[: len(images)].to(torch.float16))
+
     for item in tqdm(loader, desc="features", unit="bag", disable=rank > 0 or None):
         image = item["image"][None].to(device, non_blocking=True)
-        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
-            rows.append(see(data.pyramid(image)[0]).to(torch.float16))  # [85, V, Dv]
-        # Fetch and write after the last bag of a shard, so that the GPU waits once a shard.
+        # Read valid patches alone, in full batches across the bags of a shard.
+        waiting.append(data.pyramid(image)[0][item["valid"].to(device)])
         number = bags.shard_of[item["index"]]
-        if len(rows) == sizes[number]:
-            tokens = torch.stack(rows).cpu().numpy()
-            data.write_whole(paths[number], functools.partial(np.save, arr=tokens))
-            rows = []
+        left[number] -= 1
+        *full, last = torch.cat(waiting).split(at_once)
+        waiting = [last]
+        for images in full:
+            run(images)
+        # Fetch and write after the last bag of a shard, so that the GPU waits once a shard.
+        if not left[number]:
+            run(last)
+            tokens = torch.cat(rows).cpu().numpy()  # [valid nodes of the shard, V, Dv]
+            path = data.features_path(bags, number, name)
+            data.write_whole(path, functools.partial(np.save, arr=tokens))
+            waiting, rows = [], []
 
 
 def load_tower(source, size):
     """Build an MRPLIP with the vision tower of a file: timm's, or CLIP's for a size of CLIP."""
-    shape = networks.SIZES[size]["vision"]
     model = networks.MRPLIP(2, 1, **networks.SIZES[size])
-    if shape.get("clip"):
-        tower, _ = networks.load_clip(source, shape.get("quick", False), shape["size"])
-    else:
-        tower = networks.load_vit(source, shape["size"])
+    side, clip = model.vision.size, networks.SIZES[size]["vision"].get("clip")
+    tower = networks.load_clip(source, size=side)[0] if clip else networks.load_vit(source, side)
     networks.adopt_vision(model, tower)
     return model.eval()
 
@@ -91,11 +96,12 @@ def main():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(torch.bfloat16)
         see = torch.compile(see)
-    for folder in (Path(args.data) / "train", Path(args.data) / "test"):
-        bags = data.Bags(folder)
+    for split in ("train", "test"):
+        bags = data.Bags(Path(args.data) / split)
         if bags.S != model.vision.size:
             sides = f"patches of {bags.S} px and {args.vision} reads {model.vision.size}"
-            raise ValueError(f"{folder} holds {sides}: tile with --patch-px {model.vision.size}")
+            remedy = f"tile with --patch-px {model.vision.size}"
+            raise ValueError(f"{bags.folder} holds {sides}: {remedy}")
         cache_features(see, bags, name, device, args.workers, rank, world)
 
 

@@ -27,7 +27,6 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import tifffile
 from PIL import Image
 
 # ---- Facts: what is true of a slide --------------------------------------------------------------
@@ -119,14 +118,9 @@ def lattice(rng, y, x, pitch):
     centre_y += rng.uniform(-0.1, 0.1, centre_y.shape) * pitch
     centre_x += rng.uniform(-0.1, 0.1, centre_x.shape) * pitch
 
-    # The nearest centre is among the 3 x 3 nearest sites.
-    row = np.clip(np.rint((y / pitch - top) / 0.866).astype(np.int32), 1, rows - 2)
     best = np.full_like(y, np.inf)
-    for r in (row - 1, row, row + 1):
-        col = np.rint(x / pitch - left - 0.5 * (r % 2)).astype(np.int32)
-        col = np.clip(col, 1, cols - 2)
-        for c in (col - 1, col, col + 1):
-            best = np.minimum(best, (y - centre_y[r, c]) ** 2 + (x - centre_x[r, c]) ** 2)
+    for v, u in zip(centre_y.flat, centre_x.flat, strict=True):
+        best = np.minimum(best, (y - v) ** 2 + (x - u) ** 2)
     return np.sqrt(best)
 
 
@@ -438,6 +432,8 @@ def paint(rng, truth, size, tissue=None):
 
 def encode_svs(image):
     """Encode image uint8 [H, W, 3] as Aperio does -> bytes of a pyramidal TIFF."""
+    import tifffile
+
     height, width = image.shape[:2]
     head = f"Aperio Image Library v12.0.0 \r\n{width}x{height} [0,0 {width}x{height}] (256x256)"
     quality = "JPEG/RGB Q=85"

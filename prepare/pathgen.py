@@ -42,7 +42,7 @@ def read_list(path):
 def place_bags(size, mpp, squares, fov_px):
     """Place bags around the squares on a slide -> [(x, y, side)], {(bag, node): caption, ...}.
 
-    size  (width, height) of the slide; fov_px: pixels a side of a 5x parent
+    size: (width, height) of the slide; fov_px: pixels a side of a 5x parent.
     """
     side = 8 * round(fov_px * data.mpp_of(5) / mpp / 8)
     # Describe the nodes of that magnification whose patch is nearest to a square in width.
@@ -60,13 +60,12 @@ def place_bags(size, mpp, squares, fov_px):
         y += SQUARE // 2
         if not (0 <= x < size[0] and 0 <= y < size[1]):
             continue
-        # Take the first bag over the centre of the square; after the last, place a new one.
-        for number in range(len(bags) + 1):
-            if number == len(bags):
-                bags.append((x - to_corner, y - to_corner, side))
-            left, top, _ = bags[number]
-            if 0 <= x - left < side and 0 <= y - top < side:
-                break
+        # Take the first bag over the centre of the square, or place a new one.
+        over = [0 <= x - left < side and 0 <= y - top < side for left, top, _ in bags]
+        number = over.index(True) if any(over) else len(bags)
+        if number == len(bags):
+            bags.append((x - to_corner, y - to_corner, side))
+        left, top, _ = bags[number]
         node = node_at[(x - left) // cell, (y - top) // cell]
         # Of several squares in a node, keep the one nearest to its middle.
         off = abs((x - left) % cell - cell // 2) + abs((y - top) % cell - cell // 2)
@@ -117,16 +116,17 @@ def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
         raise ValueError(f"{slides} holds none of the {len(wanted)} slides of {source}: fetch some")
     mpps = mpp_table(mpp, [path.name for path in paths])
     settings = dict(fov_px=fov_px, patch_px=patch_px, quality=90, source="pathgen")
-    captions = {}
+    captions = []
+    squares = 0
     for path in tqdm(paths, unit="slide", disable=None):
         try:
-            found = make_shard(path, wanted[path.stem], Path(out), mpps[path.name], settings)
-            captions[path.stem] = found
+            place = (path, wanted[path.stem], Path(out), mpps[path.name])
+            captions.append(make_shard(*place, settings))
+            squares += len(wanted[path.stem])
         except ValueError as e:
             # One bad slide must not stop the others.
             tqdm.write(str(e), file=sys.stderr)
-    squares = sum(len(wanted[name]) for name in captions)
-    print(f"{sum(captions.values())} captions of {squares} squares on {len(captions)} slides")
+    print(f"{sum(captions)} captions of {squares} squares on {len(captions)} slides")
     if len(wanted) > len(paths):
         print(f"{len(wanted) - len(paths)} slides of the list are not there")
     if len(captions) < len(paths):

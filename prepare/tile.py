@@ -180,7 +180,7 @@ def _finished(path, mpp, out, settings):
     return None if lost else len(index["bags"])
 
 
-def _results(work, jobs, workers, threads):
+def run_jobs(work, jobs, workers, threads):
     """Do the jobs, in processes if there are several workers -> results in the order of jobs."""
     if workers < 2 or len(jobs) < 2:
         yield from map(work, jobs)
@@ -239,7 +239,7 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
     work = functools.partial(_tile_slide, out=out, threads=threads, settings=settings)
     bar = tqdm(total=len(paths), initial=len(counts), unit="slide", disable=None)
     failures = open(out / "failures.jsonl", "w", buffering=1)
-    results = contextlib.closing(_results(work, jobs, workers, threads))
+    results = contextlib.closing(run_jobs(work, jobs, workers, threads))
     with lock, bar, failures, results as results:
         for (path, _), (count, remark) in zip(jobs, results, strict=True):
             bar.update()

@@ -22,9 +22,8 @@ import losses
 import model as networks
 import text
 
-# What is trained. `kind` stays as it was drawn, but the fusion has learned with it.
-TEXT = ("text.",)
-SPEECH = ("fuse_text.", "fusion.", "fusion_norm.", "lm_dense.", "lm_norm.", "lm_head.")
+# The networks that are trained. `kind` stays as it was drawn, but the fusion has learned with it.
+TRAINED = ("text.", "fuse_text.", "fusion.", "fusion_norm.", "lm_dense.", "lm_norm.", "lm_head.")
 
 
 def draw_pairs(rng, of_slide, bags, captions):
@@ -51,8 +50,8 @@ def next_word_loss(model, text_tokens, ids):
     return losses.plm(model.lm_logits(fused), ids, prefix, real, real[:, 0])
 
 
-def learn(model, bags, captions, tokenizer, steps=200, seed=0, lr=3e-3, plm=True):
-    """Train the text tower of an MRPLIP on captions alone, and with plm its fusion and word head.
+def learn(model, bags, captions, tokenizer, steps=200, seed=0, lr=3e-3):
+    """Train the text tower, the fusion and the word head of an MRPLIP on captions alone.
 
     Two captions of the same slide and magnification attract, all others repel. bags: .slides,
     .keys, .valid [n, 85]; captions[key]: 85 of str or None.
@@ -63,11 +62,10 @@ def learn(model, bags, captions, tokenizer, steps=200, seed=0, lr=3e-3, plm=True
     of_slide = list(of_slide.values())
     if len(of_slide) < 2:
         raise ValueError("words are learned from the captions of at least 2 slides: add slides")
-
     # Spare biases, norms and positions from weight decay.
     groups = [{"params": [], "weight_decay": 0.02}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
-        if name.startswith(TEXT + SPEECH if plm else TEXT):
+        if name.startswith(TRAINED):
             spared = p.ndim < 2 or name.endswith("positional_embedding")
             groups[spared]["params"].append(p)
     trained = groups[0]["params"] + groups[1]["params"]
@@ -79,16 +77,13 @@ def learn(model, bags, captions, tokenizer, steps=200, seed=0, lr=3e-3, plm=True
         ids = tokenizer.batch(first + second, model.text.context)
         ids = text.trim(ids, tokenizer.end).to(model.proj.weight.device)
         text_tokens, pooled = model.text(ids)  # [2M, T, Dt], [2M, d]
-
         # Each caption finds its partner among all others, in both directions.
         a, b = losses.unit(pooled).chunk(2)  # [M, d]
         logits = a @ b.T / 0.07  # [M, M]
         own = torch.arange(len(a), device=a.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         # Every third caption is spoken. Every fourth would be of one magnification only.
-        if plm:
-            loss = loss + next_word_loss(model, text_tokens[::3], ids[::3])
-
+        loss = loss + next_word_loss(model, text_tokens[::3], ids[::3])
         # Warm up, then follow a cosine from lr to lr / 100.
         progress = max(0, step - warmup) / max(1, steps - warmup)
         rate = lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -112,9 +107,8 @@ def write_words(folder, out, steps=200, vocab=1500, size="synthetic", seed=0):
     torch.manual_seed(seed)
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[size])
     learn(model, bags, captions, tokenizer, steps, seed)
-    kept = (*TEXT, *SPEECH, "kind")
     named = model.named_parameters()
-    weights = {name: p.detach() for name, p in named if name.startswith(kept)}
+    weights = {name: p.detach() for name, p in named if name.startswith((*TRAINED, "kind"))}
     content = {"tokenizer": tokenizer.merges, "model": weights}
     data.write_whole(Path(out), lambda file: torch.save(content, file))
 

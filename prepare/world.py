@@ -19,9 +19,7 @@ automatic captioner does. Every stage skips finished files, so the same command 
 import argparse
 import functools
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import zlib
 from pathlib import Path
@@ -33,7 +31,7 @@ from tqdm import tqdm
 import data
 from prepare import paint
 from prepare.paint import ARCHITECTURES, CELL, CYTOLOGIES, LYMPHOCYTES, STROMAS, TISSUES
-from prepare.tile import tile
+from prepare.tile import run_jobs, tile
 from prepare.words import write_words
 
 
@@ -111,37 +109,23 @@ def read_slide_truth(path):
         return json.loads(str(file["facts"])), file["tissue"], file["tumour"]
 
 
-def paint_all(numbers, painter, workers):
-    """Yield painter(number) of each number in order, from processes if there are several."""
-    if workers < 2:
-        yield from map(painter, numbers)
-        return
-    # Spawn, because a fork of a process that has run torch may hang. Ctrl-C is for the parent,
-    # which ends the workers on leaving this block.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(painter, numbers)
-
-
-def make_slides(folder, count, seed=0, first=0, size=1024, workers=1):
-    """Paint slides first .. first + count - 1 into a folder, finished ones skipped -> their paths.
+def make_slides(folder, count, size=1024, workers=1):
+    """Paint slides 0 .. count - 1 into a folder, finished ones skipped -> their paths.
 
     Each slide-0000.svs has a slide-0000.truth.npz, which is written first.
     """
-    paths = {i: Path(folder) / f"slide-{i:04d}.svs" for i in range(first, first + count)}
-    todo = [i for i, path in paths.items() if not path.exists()]
-    for i in paths.keys() - set(todo):
-        made, _, _ = read_slide_truth(paths[i])
-        if (made["seed"], made["size"]) != (seed, size):
-            about = f"of seed {made['seed']} and size {made['size']}"
-            raise ValueError(f"{paths[i]} is {about}: choose another folder")
-    painter = functools.partial(paint.paint_slide, seed, size=size)
-    painted = paint_all(todo, painter, min(workers, len(todo)))
+    paths = [Path(folder) / f"slide-{i:04d}.svs" for i in range(count)]
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
+    for path in paths:
+        if path.exists() and read_slide_truth(path)[0]["size"] != size:
+            raise ValueError(f"{path} is not of size {size}: choose another folder")
+    painter = functools.partial(paint.paint_slide, 0, size=size)
+    painted = run_jobs(painter, todo, workers, threads=1)
     bar = tqdm(painted, total=len(todo), desc="slides", unit="slide", disable=not todo)
     for i, (svs, truth) in zip(todo, bar, strict=True):
         data.write_whole(paths[i].with_suffix(".truth.npz"), truth)
         data.write_whole(paths[i], svs)
-    return list(paths.values())
+    return paths
 
 
 # ---- Captions ------------------------------------------------------------------------------------
@@ -222,14 +206,15 @@ def node_tissues(tissue, tumour, x, y, side):
     return nodes[:, :4], np.where(nodes[:, 0] >= 0.2, nodes[:, 4], 0.0)
 
 
-def describe_bag(key, slide, spot, known, seed):
+def describe_bag(key, slide, spot, known):
     """Write captions and truth of the 85 nodes of a bag -> two lists of JSON lines.
 
-    spot: x, y and side of the bag; known: what read_slide_truth returns.
+    spot: x, y and side of the bag; known: what read_slide_truth returns. A caption depends on its
+    bag's key alone.
     """
     facts, tissue, tumour = known
     seen, inside = node_tissues(tissue, tumour, spot["x"], spot["y"], spot["side"])
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    rng = np.random.default_rng([0, zlib.crc32(key.encode())])
     captions = []
     truths = []
     for node, (parts, share) in enumerate(zip(seen.tolist(), inside.tolist(), strict=True)):
@@ -247,11 +232,10 @@ def describe_bag(key, slide, spot, known, seed):
     return captions, truths
 
 
-def describe(folder, slides, seed=0):
+def describe(folder, slides):
     """Write bags-*.captions.jsonl and bags-*.truth.jsonl beside each shard of a folder.
 
-    slides: their folder. A caption depends on the seed and its bag's key alone. Shards that have
-    both files are skipped.
+    slides: their folder. Shards that have both files are skipped.
     """
     bags = data.Bags(folder)
     for number, shard in enumerate(tqdm(bags.shards, desc="captions", unit="shard")):
@@ -265,7 +249,7 @@ def describe(folder, slides, seed=0):
         inside = np.flatnonzero(bags.shard_of == number)
         known = read_slide_truth(Path(slides) / bags.slides[inside[0]])
         for i in inside:
-            found = describe_bag(bags.keys[i], bags.slides[i], bags.meta[i], known, seed)
+            found = describe_bag(bags.keys[i], bags.slides[i], bags.meta[i], known)
             captions += found[0]
             truths += found[1]
         data.write_whole(truth_path, "\n".join([*truths, ""]))

@@ -19,18 +19,15 @@ NOTE = "A wide fact (architecture) cannot be seen at 40x, and a fine one (a nucl
 def draw_bars(table, title):
     """Draw grouped bars from 0 to 1 -> PIL image.
 
-    table {group: {bar: (value, low, high)}}: a whisker from low to high, unless they are None.
+    table {group: {bar: (value, low, high)}}: no bar without a value, no whisker without low.
     """
     names = list(dict.fromkeys(name for row in table.values() for name in row))
-    bar = 26
-    height = 190
-    top = 44
-    left = 52
+    left, top, height, bar = 52, 44, 190, 26
+    bottom = top + height
     wide = len(names) * bar + 26
-    image, draw = blank(max(60 + len(table) * wide, 60 + 110 * len(names)), top + height + 60)
+    image, draw = blank(60 + max(len(table) * wide, 110 * len(names)), bottom + 60)
     draw.text((6, 6), title, "black", font_size=14)
     # Draw the scale.
-    bottom = top + height
     for tenth in range(0, 11, 2):
         y = bottom - height * tenth / 10
         draw.line([44, y, image.width - 8, y], fill="gainsboro")
@@ -40,10 +37,10 @@ def draw_bars(table, title):
         start = left + g * wide
         name = short(group, wide - 4, 12)
         draw.text((start + wide / 2 - 13, bottom + 8), name, "black", font_size=12, anchor="mt")
-        for b, name in enumerate(names):
-            value, low, high = row.get(name) or (None, None, None)
+        for name, (value, low, high) in row.items():
             if value is None:
                 continue
+            b = names.index(name)
             x = start + b * bar
             middle = x + (bar - 4) / 2
             draw.rectangle([x, bottom - height * value, x + bar - 4, bottom], class_colour(b))
@@ -71,15 +68,15 @@ def draw_confusion(matrix, names):
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     for i, name in enumerate(names):
         name = short(name, label - 8, 12)
-        middle = top + i * cell + cell / 2
-        draw.text((left - 6, middle), name, "black", font_size=12, anchor="rm")
+        y = top + i * cell
+        draw.text((left - 6, y + cell / 2), name, "black", font_size=12, anchor="rm")
         # Write the name of a column upwards.
         below, pen = blank(label, 16)
         pen.text((label - 4, 8), name, "black", font_size=12, anchor="rm")
         place = (int(left + i * cell + cell / 2 - 9), top + C * cell)
         image.paste(below.rotate(90, expand=True), place)
         for j in range(C):
-            x, y = left + j * cell, top + i * cell
+            x = left + j * cell
             draw.rectangle([x, y, x + cell - 2, y + cell - 2], tuple(colour(share[i, j]).tolist()))
             if matrix[i, j]:
                 ink = "black" if share[i, j] > 0.6 else "white"
@@ -88,25 +85,17 @@ def draw_confusion(matrix, names):
     return image
 
 
-def nearest(bags, features, query, level, most):
+def nearest(features, query, level, most):
     """Find the patches nearest to a query [d] at a magnification, each of another slide.
 
-    Returns [(row of the features, node)].
+    features: of evaluate.embed. Returns [(row of the features, node)].
     """
-    cosine = (features["image_embedding"] @ query).numpy()  # [R, N]
-    # Rank the patches of this magnification, and take the first of each slide.
-    use = features["valid"].numpy() & (LEVEL == level)
-    found = []
-    seen = set()
-    for flat in np.argsort(np.where(use, -cosine, np.inf), axis=None)[: use.sum()]:
-        r, n = np.unravel_index(flat, use.shape)
-        slide = bags.slides[features["index"][r]]
-        if slide not in seen:
-            found.append((r, n))
-            seen.add(slide)
-        if len(found) == most:
-            break
-    return found
+    rows, nodes = np.nonzero(features["valid"].numpy() & (LEVEL == level))
+    order = np.argsort(-(features["image_embedding"][rows, nodes] @ query).numpy())
+    # The first patch of each slide is its best.
+    _, first = np.unique(features["slides"][rows[order]], return_index=True)
+    best = order[np.sort(first)[:most]]
+    return list(zip(rows[best].tolist(), nodes[best].tolist(), strict=True))
 
 
 def draw_sheet(bags, features, queries, vectors, most=5, px=72, columns=3):
@@ -120,7 +109,7 @@ def draw_sheet(bags, features, queries, vectors, most=5, px=72, columns=3):
         for level, mag in enumerate(MAG_NAMES):
             top = y0 + 24 + level * step
             draw.text((x0 + 6, top + px // 2 - 8), mag, "black", font_size=13)
-            for k, (r, n) in enumerate(nearest(bags, features, vectors[q], level, most)):
+            for k, (r, n) in enumerate(nearest(features, vectors[q], level, most)):
                 # A patch is a square of its bag's image.
                 x, y, side = data.square(n, 0, 0, 8 * bags.S)
                 pixels = bags[features["index"][r]]["image"][:, y : y + side, x : x + side]

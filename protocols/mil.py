@@ -8,9 +8,7 @@ H hidden width, C classes, R slides.
 """
 
 import csv
-import hashlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,24 +25,23 @@ from protocols import labelled, metrics
 # ---- MI-Zero and attention MIL ------------------------------------------------------------------
 
 
-def pool_slide(s, centre=0.0):
-    """Pool a slide's cosines by the j best patches of each class [1].
+def at_level(x, level):
+    """Take the patches of a magnification that hold tissue, of [P, N, D] -> [M, D]."""
+    patches = x[:, LEVEL == level].reshape(-1, x.shape[2])
+    return patches[~np.isnan(patches[:, 0])]
 
-    s [P, N, C]: NaN where there is no tissue. Returns {magnification or "merged": {"j": [C]}};
-    merged is the sum over magnifications, each minus its centre [4, C].
+
+def pool_slide(s):
+    """Average the j best cosines of each class at each magnification [1] -> {j: [4, C]}.
+
+    s [P, N, C]: NaN where there is no tissue. A magnification that a slide has not stays NaN.
     """
-    centre = np.zeros((4, s.shape[2])) + centre
-    pooled = {}
-    merged = {}
-    for level, mag in enumerate(MAG_NAMES):
-        patches = s[:, LEVEL == level].reshape(-1, s.shape[2])
-        # Leave out glass; leave out a magnification that the slide has not.
-        patches = patches[~np.isnan(patches[:, 0])]
-        if len(patches):
-            pooled[mag] = {str(j): best for j, best in evaluate.top_j(patches).items()}
-            for j, best in pooled[mag].items():
-                merged[j] = merged.get(j, 0) + best - centre[level]
-    return pooled | {"merged": merged}
+    pooled = {j: np.full((4, s.shape[2]), np.nan) for j in evaluate.top_j(s[0])}
+    for level in range(4):
+        patches = at_level(s, level)
+        for j, best in evaluate.top_j(patches).items() if len(patches) else ():
+            pooled[j][level] = best
+    return pooled
 
 
 class GatedAttention(nn.Module):
@@ -69,11 +66,10 @@ class GatedAttention(nn.Module):
 def fit_mil(slides, y, C, epochs=30, lr=5e-4, seed=0, device="cpu"):
     """Learn from slides, a list of features [M, D] with classes y -> predict(slides) -> [R, C].
 
-    One slide a step, AdamW, cosine schedule. Features are standardised by the training patches. The
-    number of epochs is fixed, so no slide is needed to choose it.
+    The number of epochs is fixed, so no slide is needed to choose it.
     """
     torch.manual_seed(seed)
-    # Standardise features, which differ in scale between towers.
+    # Standardise features by the training patches: towers differ in scale.
     patches = torch.cat(slides)
     mean = patches.mean(0)
     std = patches.std(0) + 1e-6
@@ -100,23 +96,21 @@ def fit_mil(slides, y, C, epochs=30, lr=5e-4, seed=0, device="cpu"):
     return predict
 
 
-def measure_mil(slides, y, C, who, split=(), folds=5, device="cpu", title="MIL"):
-    """Measure attention MIL over metrics.splits -> scores.
+def measure_mil(slides, y, C, who, split=(), folds=5, device="cpu"):
+    """Measure attention MIL over metrics.splits -> scores; a slide is predicted once at most.
 
     slides: list of R features [M, D]; y [R]: classes; who [R]: patients, who are never on both
     sides; split [R]: "train", "test" or "".
     """
     rows = []
     found = []
-    # Learn and predict fold by fold; every slide is predicted once at most.
     pairs = metrics.splits(y, who, split, folds)
-    for train, test in tqdm(pairs, title, unit="fold", leave=False, disable=None):
+    for train, test in tqdm(pairs, "MIL", unit="fold", leave=False, disable=None):
         predict = fit_mil([slides[i] for i in train], y[train], C, device=device)
         found.append(predict([slides[i] for i in test]))
         rows.append(test)
     rows = np.concatenate(rows)
-    p = np.concatenate(found)
-    return metrics.scores(y[rows], p, C, who[rows])
+    return metrics.scores(y[rows], np.concatenate(found), C, who[rows])
 
 
 # ---- Labelled slides of shards ------------------------------------------------------------------
@@ -132,46 +126,45 @@ def read_labels(path):
 
 
 class Slides:
-    """R labelled slides of shards: .labels, .who (patients), .split, .paths of features, each [R].
+    """R labelled slides of shards: .names, .labels, .who (patients), .split, each [R].
 
     Features are read once into `folder`, a file a slide, which is named by weights and shard.
     """
 
     def __init__(self, peer, source, labels, folder):
-        # Find the labelled slides, and the bags of each.
+        # Find the shards of the labelled slides.
         parts = [(source / name, name) for name in ("train", "test") if (source / name).is_dir()]
-        jobs = []
         found = []
+        jobs = []
         for path, split in parts or [(source, "")]:
             bags = data.Bags(path)
-            names = np.array(bags.slides)
-            for slide in np.unique(names):
+            for number, shard in enumerate(bags.shards):
+                rows = np.flatnonzero(bags.shard_of == number).tolist()
+                slide = bags.slides[rows[0]]
                 if slide in labels:
-                    rows = np.flatnonzero(names == slide)
-                    shard = bags.shards[bags.shard_of[rows[0]]]
                     stat = shard.stat()
-                    told = f"{peer.fingerprint} {shard} {stat.st_size} {stat.st_mtime_ns}"
-                    key = hashlib.sha256(told.encode()).hexdigest()[:12]
-                    jobs.append((bags, rows.tolist(), folder / f"{slide}-{key}.npz"))
-                    found.append((*labels[slide], split))
+                    told = [peer.fingerprint, str(shard), stat.st_size, stat.st_mtime_ns]
+                    jobs.append((bags, rows, folder / f"{slide}-{labelled.digest(told)}.npz"))
+                    found.append((slide, *labels[slide], split))
         if not jobs:
             raise ValueError(f"--labels names none of the slides in {source}: use their file names")
-        self.paths = [path for _, _, path in jobs]
-        # Part the rows into columns.
-        self.labels, self.who, self.split = map(np.array, zip(*found, strict=True))
+        if len(jobs) < len(labels):
+            print(f"{len(labels) - len(jobs)} slides of --labels are not in {source}")
+        self.names, self.labels, self.who, self.split = map(np.array, zip(*found, strict=True))
         # A patient on both sides of a split would make every number look better than it is.
         both = set(self.who[self.split == "train"]) & set(self.who[self.split == "test"])
         if both:
             print(f"{len(both)} patients are in both train and test: measured in folds by patient")
             self.split[:] = ""
         # Embed slide by slide, so that a call that is stopped can go on.
+        device = next(peer.model.parameters()).device
         for bags, rows, path in tqdm(jobs, "slides", unit="slide", disable=None):
             if not path.exists():
-                device = next(peer.model.parameters()).device
                 told = evaluate.embed(peer.model, bags, rows, device)
                 wanted = ("image_embedding", "backbone", "valid")
                 arrays = {name: told[name].numpy() for name in wanted}
                 data.write_whole(path, partial(np.savez, **arrays))
+        self.paths = [path for _, _, path in jobs]
 
     def read(self, name):
         """Yield feature `name` [P, N, D] of each slide, NaN where there is no tissue."""
@@ -183,66 +176,60 @@ class Slides:
 def measure_pooling(slides, y, vectors):
     """Measure MI-Zero by class vectors [C, d] -> {"best j": {magnification: scores}}.
 
-    The sum over magnifications is centred on the training slides, where there are any.
+    Merged is the sum over magnifications, each minus the mean score of the training patches.
     """
-    scored = [v @ vectors.numpy().T for v in slides.read("image_embedding")]
-    # Measure the test slides, or all where there is no split.
+    C = len(vectors)
+    scored = [v @ vectors.numpy().T for v in slides.read("image_embedding")]  # R x [P, N, C]
+    # Measure the test slides, and learn the means of the others; of one kind alone, both of all.
     test = slides.split == "test"
-    learn = ~test
-    if not test.any() or test.all():
-        test = learn = np.ones_like(test)
-    # Find the mean score of each class at each magnification.
-    everything = np.concatenate([scored[i] for i in np.flatnonzero(learn)])
-    centre = np.zeros((4, len(vectors)))
+    test = test if test.any() else ~test
+    learn = test if test.all() else ~test
+    centre = np.zeros((4, C))
     for level in range(4):
-        patches = everything[:, LEVEL == level]
-        if not np.isnan(patches).all():
-            centre[level] = np.nanmean(patches, (0, 1))
-    pooled = [pool_slide(s, centre) for s in scored]
+        patches = np.concatenate([at_level(scored[i], level) for i in np.flatnonzero(learn)])
+        if len(patches):
+            centre[level] = patches.mean(0)
+    pooled = [pool_slide(s) for s in scored]
     found = {}
-    # A slide counts at the magnifications that it has.
-    for mag in (*MAG_NAMES, "merged"):
-        use = [i for i in np.flatnonzero(test) if mag in pooled[i]]
-        for j in pooled[use[0]][mag] if use else ():
-            p = np.stack([pooled[i][mag][j] for i in use]).argmax(1)
-            row = evaluate.scores(y[use], p, len(vectors), slides.who[use])
-            found.setdefault(f"best {j}", {})[mag] = row
+    for j in pooled[0]:
+        x = np.stack([tops[j] for tops in pooled])  # [R, 4, C]
+        units = {mag: x[:, level] for level, mag in enumerate(MAG_NAMES)}
+        units["merged"] = np.where(np.isnan(x).all(1), np.nan, np.nansum(x - centre, 1))
+        # A slide counts at the magnifications that it has.
+        for mag, s in units.items():
+            use = test & ~np.isnan(s[:, 0])
+            if use.any():
+                row = evaluate.scores(y[use], s[use].argmax(1), C, slides.who[use])
+                found.setdefault(f"best {j}", {})[mag] = row
     return found
 
 
 def measure_shards(peer, source, labels, classes, vectors, about, folds, out):
     """Measure MI-Zero (if there are classes) and attention MIL -> OUT/results.json, tables."""
-    slides = Slides(peer, source, labels, Path(out) / "features")
+    slides = Slides(peer, source, labels, out / "features")
     names = list(classes or sorted(set(slides.labels)))
     y = np.array([names.index(label) for label in slides.labels])
-    parted = (slides.split == "test").any()
+    parted = len(set(slides.split)) > 1
     split = "learned on train, measured on test" if parted else f"{folds} folds by patient"
-    # Hash slides and labels, so that results of other tables can be told apart.
-    told = sorted(zip([p.stem for p in slides.paths], slides.labels.tolist(), strict=True))
     about |= {"data": str(source), "n": len(y), "groups": "patient", "split": split}
-    about["data_hash"] = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    # Hash slides and labels, so that results of other tables can be told apart.
+    told = sorted(zip(slides.names.tolist(), slides.labels.tolist(), strict=True))
+    about["data_hash"] = labelled.digest(told)
     if vectors is not None:
         pooled = measure_pooling(slides, y, vectors)
         evaluate.save_results(out, "slides", {source.name: pooled}, about)
         for unit, rows in pooled.items():
-            labelled.print_rows(
-                f"MI-Zero by the {unit} patches of a class", rows, ["f1", "balanced"]
-            )
+            title = f"MI-Zero by the {unit} patches of a class"
+            labelled.print_rows(title, rows, ["f1", "balanced"])
     learned = {}
     device = next(peer.model.parameters()).device
     for level, mag in enumerate(MAG_NAMES):
         # Read one magnification at a time: all four may not fit into memory.
-        x = []
-        use = []
-        for i, found in enumerate(slides.read("backbone")):
-            patches = found[:, LEVEL == level].reshape(-1, found.shape[2])
-            patches = patches[~np.isnan(patches[:, 0])]
-            if len(patches):
-                x.append(torch.from_numpy(patches))
-                use.append(i)
+        x = [torch.from_numpy(at_level(found, level)) for found in slides.read("backbone")]
+        use = [i for i, patches in enumerate(x) if len(patches)]
         if len(set(y[use])) > 1:
-            who, parts, title = slides.who[use], slides.split[use], f"MIL at {mag}"
-            learned[mag] = measure_mil(x, y[use], len(names), who, parts, folds, device, title)
+            x, who, parts = [x[i] for i in use], slides.who[use], slides.split[use]
+            learned[mag] = measure_mil(x, y[use], len(names), who, parts, folds, device)
     if learned:
         evaluate.save_results(out, "mil", {source.name: learned}, about)
         labelled.print_rows(f"Attention MIL, {split}", learned)

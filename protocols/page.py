@@ -61,24 +61,24 @@ def draw_levels(results):
     table = {}
     for name, modes in results.get("zeroshot", {}).items():
         units = modes["ensemble"]
+        row = units.get("picture") or units.get("patch", {})
         # A patch has one magnification; only bags have a merged one.
-        merged = units.get("bag", {}).get("merged")
-        row = units.get("picture") or units.get("patch", {}) | (
-            {"merged": merged} if merged else {}
-        )
+        if "merged" in units.get("bag", {}):
+            row = row | {"merged": units["bag"]["merged"]}
         table[name] = {mag: (found["f1"], *found["interval"]["f1"]) for mag, found in row.items()}
     return draw_bars(table, "Zero-shot by magnification  (weighted F1)") if table else None
 
 
 def choose_queries(facts, most=12):
     """Choose texts for the sheet: the first name of each class, of the facts that it can hold."""
-    # Take whole facts, as long as they fit.
     queries = []
+    everything = []
     for classes in facts.values():
-        if len(queries) + len(classes) <= most:
-            queries += [names[0] for names in classes.values()]
-    # If none does, show the first classes.
-    everything = [names[0] for classes in facts.values() for names in classes.values()]
+        names = [own[0] for own in classes.values()]
+        everything += names
+        if len(queries) + len(names) <= most:
+            queries += names
+    # If no fact fits, show the first classes.
     return queries or everything[:most]
 
 
@@ -121,12 +121,11 @@ def find_rows(found, path=()):
 
     Scores are dicts with an "interval"; a row is a dict of scores.
     """
-    if all(isinstance(value, dict) and "interval" in value for value in found.values()):
+    if all("interval" in inside for inside in found.values()):
         yield path, found
         return
     for name, inside in found.items():
-        if isinstance(inside, dict):
-            yield from find_rows(inside, (*path, name))
+        yield from find_rows(inside, (*path, name))
 
 
 def cell(found, metric):
@@ -144,10 +143,11 @@ def write_table(found, metrics):
     # Write a line for each row and metric.
     lines = [["", *columns]]
     for path, row in rows:
-        known = list(dict.fromkeys(name for told in row.values() for name in told["interval"]))
-        for metric in [name for name in metrics or known if name in known]:
-            name = ", ".join([*path, metric])
-            lines.append([name, *(cell(row.get(column), metric) for column in columns)])
+        known = dict.fromkeys(name for told in row.values() for name in told["interval"])
+        for metric in metrics or known:
+            if metric in known:
+                cells = [cell(row.get(column), metric) for column in columns]
+                lines.append([", ".join([*path, metric]), *cells])
     # The first line is the head.
     out = []
     for k, line in enumerate(lines):

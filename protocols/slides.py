@@ -11,11 +11,11 @@ OUT/slides.json. --text lists the places nearest to each text in OUT/places.json
 heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. A slide that is done
 is skipped when the command is repeated; one that cannot be read is named and passed over.
 
---labels is a table slide,label[,patient] of slides that prepare.tile has tiled: MI-Zero,
-and attention MIL (protocols/mil.py) in folds by patient, or learned on SHARDS/train and measured on
+--labels is a table slide,label[,patient] of slides that prepare.tile has tiled: MI-Zero and
+attention MIL (protocols/mil.py), in folds by patient or learned on SHARDS/train and measured on
 SHARDS/test. Results go to OUT/results.json, features to OUT/features.
 
-Shape letters: P parents (5x) of a slide, N = 85 nodes, C classes or texts, R slides.
+Shape letters: P parents (5x) of a slide, N = 85 nodes, C classes or texts.
 [1] Lu et al. 2023, MI-Zero.
 """
 
@@ -36,7 +36,7 @@ from prepare.slide import Slide, find_slides, mpp_table
 from prepare.tile import choose_parents
 from protocols import heatmap, labelled, mil, peers
 
-SHOWN_J = "10"  # the heatmap shows the merged class of the ten best patches
+SHOWN_J = 10  # the heatmap shows the merged class of the ten best patches
 
 
 # ---- Scores of a slide: s [P, N, C] are cosines, NaN where there is no tissue -------------------
@@ -61,17 +61,24 @@ def best_places(s, parents, level, texts, most=3):
     """List the patches nearest to each text -> {text: [{"x", "y", "side", "cosine"}]}."""
     places = {}
     for c, text in enumerate(texts):
-        # Rank the patches of this magnification.
-        cosine = np.where((LEVEL == level) & ~np.isnan(s[..., c]), s[..., c], -np.inf)
-        found = []
-        # Stop early where a slide has fewer patches than are asked for.
-        for flat in np.argsort(-cosine, axis=None)[:most]:
-            p, n = np.unravel_index(flat, cosine.shape)
-            if cosine[p, n] > -np.inf:
-                x, y, side = map(int, data.square(n, *parents[p]))
-                found.append(dict(x=x, y=y, side=side, cosine=float(cosine[p, n])))
-        places[text] = found
+        rows, nodes = np.nonzero((LEVEL == level) & ~np.isnan(s[..., c]))
+        places[text] = []
+        for k in np.argsort(-s[rows, nodes, c])[:most]:
+            p, n = rows[k], int(nodes[k])
+            x, y, side = data.square(n, *parents[p])
+            places[text].append(dict(x=x, y=y, side=side, cosine=float(s[p, n, c])))
     return places
+
+
+def name_scores(pooled, names):
+    """Name the scores of mil.pool_slide -> {magnification or "merged": {j: {class: score}}}."""
+    found = {}
+    for j, x in pooled.items():
+        # Without training slides there is nothing to centre the sum on.
+        for mag, row in zip((*MAG_NAMES, "merged"), (*x, np.nansum(x, 0)), strict=True):
+            if not np.isnan(row).any():
+                found.setdefault(mag, {})[j] = dict(zip(names, row.tolist(), strict=True))
+    return found
 
 
 def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
@@ -104,23 +111,20 @@ def ask_slide(peer, path, mpp, vectors, names, args, out):
             raise ValueError(f"{path} holds no {args.level}: give a lower --level")
         parents, s = score_slide(peer, slide, vectors, args.fov_px or peer.model.vision.size)
         if args.text:
+            end = "text"
             found = best_places(s, parents, level, names)
             panels = [(f"{x} at {args.level}", level, s[..., c]) for c, x in enumerate(names)]
         else:
-            # Without training slides there is nothing to centre the sum on.
+            end = "classes"
+            # Outline classes at the finest magnification that the slide holds, if not at --level.
+            level = min(level, len(slide.mags) - 1)
             pooled = mil.pool_slide(s)
-            found = {}
-            for mag, tops in pooled.items():
-                rows = {j: x.tolist() for j, x in tops.items()}
-                found[mag] = {j: dict(zip(names, row, strict=True)) for j, row in rows.items()}
+            found = name_scores(pooled, names)
             # Show the class of the merged scores at every magnification that the slide holds.
-            best = int(pooled["merged"][SHOWN_J].argmax())
-            panels = []
-            for k, mag in enumerate(MAG_NAMES):
-                if mag in pooled:
-                    panels.append((f"{names[best]} at {mag}", k, s[..., best]))
+            best = int(np.nansum(pooled[SHOWN_J], 0).argmax())
+            mags = enumerate(MAG_NAMES[: len(slide.mags)])
+            panels = [(f"{names[best]} at {mag}", k, s[..., best]) for k, mag in mags]
         picture = heatmap.draw_heatmap(slide, parents, panels)
-    end = "text" if args.text else "classes"
     # Write the record last, so that a slide that has one is done.
     shapes = heatmap.geojson(parents, label_nodes(s, level), level, names)
     data.write_whole(out / f"{slide.name}.{end}.geojson", shapes)
@@ -128,55 +132,52 @@ def ask_slide(peer, path, mpp, vectors, names, args, out):
     return {"parents": len(parents), "found": found}
 
 
-def print_slide(name, record, level, by_text):
+def print_slide(name, record, args):
     """Print what was found on a slide."""
     found = record["found"]
-    if by_text:
+    if args.text:
+        columns = ["nearest", "x", "y", "side", "cosine"]
+        title = f"{name}, {args.level}, pixels of the finest level"
         rows = []
         for text, places in found.items():
-            for place in places:
-                spot = [str(place[key]) for key in ("x", "y", "side")]
-                rows.append([text, *spot, f"{place['cosine']:.3f}"])
-        columns = ["nearest", "x", "y", "side", "cosine"]
-        evaluate.print_table(f"{name}, {level}, pixels of the finest level", columns, rows)
-        return
-    columns = ["", *(f"best {j}" for j in found["merged"])]
-    rows = []
-    for mag, tops in found.items():
-        rows.append([mag, *(max(scores, key=scores.get) for scores in tops.values())])
-    evaluate.print_table(f"{name}, {record['parents']} parents", columns, rows)
+            for x, y, side, cosine in map(dict.values, places):
+                rows.append([text, str(x), str(y), str(side), f"{cosine:.3f}"])
+    else:
+        columns = ["", *(f"best {j}" for j in found["merged"])]
+        title = f"{name}, {record['parents']} parents"
+        rows = []
+        for mag, tops in found.items():
+            rows.append([mag, *(max(scores, key=scores.get) for scores in tops.values())])
+    evaluate.print_table(title, columns, rows)
 
 
 def ask_slides(peer, names, vectors, about, args, out):
     """Ask slide files one after the other; those that are done are not read again."""
     file = out / ("places.json" if args.text else "slides.json")
     # Read what an earlier call of the same model and settings has left.
-    records = {}
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored["about"] == about:
-            records = stored["slides"]
-        else:
-            print(f"{file} is of another model or other settings: it is written anew")
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": about}
+    if stored["about"] != about:
+        print(f"{file} is of another model or other settings: it is written anew")
+        stored = {"about": about}
+    records = stored.setdefault("slides", {})
     paths = find_slides(args.slides)
     mpps = mpp_table(args.mpp, [path.name for path in paths])
     failed = 0
-    for path in tqdm(paths, "slides", unit="slide", disable=None if len(paths) > 1 else True):
+    for path in tqdm(paths, "slides", unit="slide", disable=None):
+        name = path.name
         try:
             # A slide counts as done only while its file is the same.
             stat = path.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns, mpps[path.name]]
-            if records.get(path.name, {}).get("stamp") != stamp:
-                record = ask_slide(peer, path, mpps[path.name], vectors, names, args, out)
-                records[path.name] = {"stamp": stamp} | record
-                content = json.dumps({"about": about, "slides": records}, indent=1)
-                data.write_whole(file, content)
-        # A bad file costs one slide.
+            stamp = [stat.st_size, stat.st_mtime_ns, mpps[name]]
+            if records.get(name, {}).get("stamp") != stamp:
+                record = ask_slide(peer, path, mpps[name], vectors, names, args, out)
+                records[name] = {"stamp": stamp} | record
+                data.write_whole(file, json.dumps(stored, indent=1))
+            print_slide(name, records[name], args)
         except (ValueError, OSError) as e:
+            # A bad file costs one slide.
             tqdm.write(f"left out: {e}", file=sys.stderr)
             failed += 1
-            continue
-        print_slide(path.name, records[path.name], args.level, bool(args.text))
     print(f"\n{len(paths) - failed} slides: {file}, heatmaps and outlines beside it")
     if failed:
         raise ValueError(f"{failed} of {len(paths)} slides could not be read, see above")
@@ -190,16 +191,17 @@ def parse(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     peers.add_arguments(parser)
-    parser.add_argument("slides", nargs="*", metavar="SLIDE", help="slide files or folders of them")
-    parser.add_argument("--classes", help="name in prompts.json, or JSON {label: [names]}")
-    parser.add_argument("--text", nargs="+", help="texts to look for, each in quotes")
-    parser.add_argument("--mpp", help="microns per pixel of the slides, or a CSV of slide,mpp")
-    parser.add_argument("--fov-px", type=int, help="pixels a side of a 5x square (the tower's)")
-    parser.add_argument("--level", default="20x", choices=MAG_NAMES, help="of outlines, --text")
-    parser.add_argument("--data", help="instead of slides: shards that prepare.tile has made")
-    parser.add_argument("--labels", help="of --data: CSV of slide,label[,patient]")
-    parser.add_argument("--folds", type=int, default=5, help="of --data (5)")
-    parser.add_argument("--out", help="folder to write (RUN/slides or results/MODEL/slides)")
+    add = parser.add_argument
+    add("slides", nargs="*", metavar="SLIDE", help="slide files or folders of them")
+    add("--classes", help="name in prompts.json, or JSON {label: [names]}")
+    add("--text", nargs="+", help="texts to look for, each in quotes")
+    add("--mpp", help="microns per pixel of the slides, or a CSV of slide,mpp")
+    add("--fov-px", type=int, help="pixels a side of a 5x square (the tower's)")
+    add("--level", default="20x", choices=MAG_NAMES, help="of outlines, --text")
+    add("--data", help="instead of slides: shards that prepare.tile has made")
+    add("--labels", help="of --data: CSV of slide,label[,patient]")
+    add("--folds", type=int, default=5, help="of --data (5)")
+    add("--out", help="folder to write (RUN/slides or results/MODEL/slides)")
     args = parser.parse_intermixed_args(argv)
     # Of a model named by a flag, the first word is a slide already.
     if args.model and (args.clip or args.vit):
@@ -220,20 +222,20 @@ def main():
     args = parse()
     # Read the small files first: an error in them should cost no minute.
     labels = mil.read_labels(args.labels) if args.labels else {}
-    wanted = {label for label, _ in labels.values()}
+    # A text to look for is a class of its own, without templates.
     classes, templates = {text: [text] for text in args.text or ()}, ["{}"]
     if args.classes:
+        wanted = {label for label, _ in labels.values()}
         classes, templates = labelled.read_prompts(args.classes, wanted)
     peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
+    if classes and not peer.tokenizer:
+        raise ValueError(f"{peer.name} reads no text: give a run folder or --clip FILE")
     # Results of a run lie in its folder.
     own = args.model and args.model != "random"
     folder = Path(args.model if own else f"results/{peer.name}")
     out = Path(args.out or folder / (Path(args.data).resolve().name if args.data else "slides"))
-    # A text to look for is a class of its own, without templates.
     vectors = None
     if classes:
-        if not peer.tokenizer:
-            raise ValueError(f"{peer.name} reads no text: give a run folder or --clip FILE")
         names = classes.values()
         vectors = evaluate.class_vectors(peer.model, peer.tokenizer, names, templates)
     about = {"model": peer.name, "fingerprint": peer.fingerprint}

@@ -49,19 +49,16 @@ def test_a_confusion_matrix_is_coloured_by_row():
 
 
 def test_the_nearest_patches_are_of_different_slides():
-    class Bags:
-        slides = ["a", "a", "b"]
-
     v = torch.zeros(3, 85, 2)
     v[0, 1, 0] = v[1, 2, 0] = 1
     v[2, 3, 0] = 0.5
     v[2, 30, 0] = 9
     valid = torch.ones(3, 85, dtype=torch.bool)
-    features = {"image_embedding": v, "valid": valid, "index": [0, 1, 2]}
+    features = {"image_embedding": v, "valid": valid, "slides": np.array(["a", "a", "b"])}
     query = torch.tensor([1.0, 0.0])
-    assert charts.nearest(Bags, features, query, 1, 5) == [(0, 1), (2, 3)]
+    assert charts.nearest(features, query, 1, 5) == [(0, 1), (2, 3)]
     valid[0, 1] = False
-    assert charts.nearest(Bags, features, query, 1, 1) == [(1, 2)]
+    assert charts.nearest(features, query, 1, 1) == [(1, 2)]
 
 
 def test_texts_are_cut_to_a_width():

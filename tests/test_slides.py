@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import script
 from PIL import Image
@@ -31,18 +32,38 @@ def test_pooling_takes_the_best_patches():
     s[..., 1] = 0.2
     s[0, 84, 0] = 1
     pooled = mil.pool_slide(s)
-    assert pooled["40x"]["1"].argmax() == 0 and pooled["40x"]["50"].argmax() == 1
-    assert pooled["5x"]["100"].tolist() == pytest.approx([0.1, 0.2])
-    # Merged is the sum of what is left above the centres.
-    assert pooled["merged"]["1"].tolist() == pytest.approx([1.3, 0.8])
-    centre = np.arange(8).reshape(4, 2) / 10
-    centred = mil.pool_slide(s, centre)["merged"]["1"]
-    assert centred.tolist() == pytest.approx([1.3 - 1.2, 0.8 - 1.6])
+    assert pooled[1][3].argmax() == 0 and pooled[50][3].argmax() == 1
+    assert pooled[100][0].tolist() == pytest.approx([0.1, 0.2])
+    assert slides.name_scores(pooled, ["a", "b"])["merged"][1] == pytest.approx(
+        {"a": 1.3, "b": 0.8}
+    )
     # A magnification that a slide has not is left out, also of the sum.
     s[:, 21:] = np.nan
-    pooled = mil.pool_slide(s)
-    assert set(pooled) == {"5x", "10x", "20x", "merged"}
-    assert pooled["merged"]["1"].tolist() == pytest.approx([0.3, 0.6])
+    named = slides.name_scores(mil.pool_slide(s), ["a", "b"])
+    assert set(named) == {"5x", "10x", "20x", "merged"}
+    assert named["merged"][1] == pytest.approx({"a": 0.3, "b": 0.6})
+
+
+class Scored:
+    """Three slides of one parent: cosines of two classes, which stand for features."""
+
+    split = np.array(["train", "test", "test"])
+    who = np.arange(3)
+
+    def read(self, name):
+        for a, b in ((0.5, 0.1), (0.6, 0.3), (0.4, 0.3)):
+            s = np.tile([a, b], (1, 85, 1))
+            s[:, 21:] = np.nan
+            yield s
+
+
+def test_slides_are_merged_above_the_mean_of_the_training_slides():
+    """The first class is always ahead; above its mean of the training slide it is so nowhere."""
+    found = mil.measure_pooling(Scored(), np.array([0, 1, 1]), torch.eye(2))
+    assert set(found["best 1"]) == {"5x", "10x", "20x", "merged"}
+    assert found["best 5"]["20x"]["accuracy"] == 0
+    assert found["best 5"]["merged"]["accuracy"] == 1
+    assert found["best 5"]["merged"]["n"] == 2
 
 
 def test_attention_finds_the_patch_that_matters():
@@ -77,6 +98,11 @@ def test_nodes_are_labelled_against_the_mean_of_the_slide():
 # Outlines
 
 
+def ring_area(ring):
+    """Measure a closed ring: positive if it runs clockwise on the screen."""
+    return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, ring[1:], strict=False)) / 2
+
+
 def is_inside(shapes, x, y):
     """Tell by a ray to the right whether the centre of a cell lies inside the rings."""
     crossings = 0
@@ -93,7 +119,7 @@ def test_outlines_by_hand():
     ring = np.ones((3, 3), bool)
     ring[1, 1] = False
     ((outer, hole),) = heatmap.outlines(ring)
-    assert heatmap.ring_area(outer) == 9 and heatmap.ring_area(hole) == -1
+    assert ring_area(outer) == 9 and ring_area(hole) == -1
     # What touches at corners only stays apart.
     assert len(heatmap.outlines(np.eye(3, dtype=bool))) == 3
     assert heatmap.outlines(np.zeros((2, 2), bool)) == []
@@ -103,9 +129,9 @@ def test_outlines_by_hand():
 def test_outlines_of_random_masks(density):
     mask = np.random.default_rng(0).random((15, 20)) < density
     shapes = heatmap.outlines(mask)
-    assert sum(heatmap.ring_area(ring) for shape in shapes for ring in shape) == mask.sum()
+    assert sum(ring_area(ring) for shape in shapes for ring in shape) == mask.sum()
     for outer, *holes in shapes:
-        assert heatmap.ring_area(outer) > 0 and all(heatmap.ring_area(hole) < 0 for hole in holes)
+        assert ring_area(outer) > 0 and all(ring_area(hole) < 0 for hole in holes)
         for ring in (outer, *holes):
             # No corner twice: no ring crosses itself.
             assert ring[0] == ring[-1] and len(set(ring)) == len(ring) - 1
@@ -145,7 +171,10 @@ def run(tmp_path_factory):
     model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
     data.write_whole(folder / "config.json", json.dumps({"size": "synthetic", "k_o": 2}))
     data.write_whole(folder / "tokenizer.json", words.to_json())
-    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, folder / "ckpt.pt")
+    torch.save(
+        {"model": model.state_dict(), "tokenizer": words.merges, "config": {"size": "synthetic"}},
+        folder / "ckpt.pt",
+    )
     classes = {"cells": ["signet ring cells", "cells"], "stroma": "stroma only", "fat": "fat"}
     data.write_whole(folder / "classes.json", json.dumps(classes))
     return folder
@@ -177,8 +206,8 @@ def test_a_slide_goes_in_and_outlines_come_out(run, world, tmp_path, monkeypatch
             assert ring[0] == ring[-1] and len(ring) >= 5
             assert all(0 <= x <= size[0] and 0 <= y <= size[1] for x, y in ring)
             # Outer rings run one way, holes the other.
-            assert (heatmap.ring_area(ring) > 0) == (k == 0)
-            area += heatmap.ring_area(ring)
+            assert (ring_area(ring) > 0) == (k == 0)
+            area += ring_area(ring)
     # Every 20x patch with tissue is in exactly one outline, and nothing else is.
     patches = (~np.isnan(s[:, data.LEVEL == 2, 0])).sum()
     assert area == pytest.approx(patches * side**2)
@@ -189,6 +218,21 @@ def test_a_slide_goes_in_and_outlines_come_out(run, world, tmp_path, monkeypatch
     monkeypatch.setattr(slides, "ask_slide", lambda *_: record)
     command(monkeypatch, *argv, "--level", "10x")
     assert "written anew" in capsys.readouterr().out
+
+
+def test_a_slide_without_the_level_is_outlined_at_its_finest(run, tmp_path, monkeypatch):
+    pink = np.full((512, 512, 3), (200, 120, 180), np.uint8)
+    pink[::2, ::3] = (120, 60, 150)
+    about = "Aperio Image Library\r\n512x512|MPP = 1.0"
+    kind = dict(photometric="rgb", tile=(256, 256), description=about)
+    tifffile.imwrite(tmp_path / "coarse.svs", pink, **kind)
+    argv = (run, tmp_path / "coarse.svs", "--classes", run / "classes.json", "--fov-px", 64)
+    command(monkeypatch, *argv, "--level", "20x", "--out", tmp_path)
+    shapes = json.loads((tmp_path / "coarse.svs.classes.geojson").read_text())["features"]
+    area = sum(ring_area(ring) for shape in shapes for ring in shape["geometry"]["coordinates"])
+    assert area == 512 * 512
+    with pytest.raises(ValueError, match="1 of 1 slides"):
+        command(monkeypatch, *argv[:2], "--text", "fat", "--out", tmp_path)
 
 
 def test_where_is_it_and_a_slide_that_cannot_be_read(run, world, tmp_path, monkeypatch):
@@ -231,6 +275,13 @@ def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch, capsys
         patch.setattr(evaluate, "embed", lambda *_: pytest.fail("read again"))
         command(patch, *argv)
     assert len(kept) == len(names)
+
+    # Test slides alone are dealt to folds, and the results say so.
+    argv[2] = tmp_path / "alone"
+    shutil.copytree(tmp_path / "bags", tmp_path / "alone/test")
+    command(monkeypatch, *argv)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["about"]["mil"]["split"] == "3 folds by patient"
 
     # Test slides are measured, unless a patient is in train as well.
     argv[2] = world

@@ -26,7 +26,7 @@ SIZE = 1024
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
     out = tmp_path_factory.mktemp("slides")
-    return world.make_slides(out, 2, seed=3, first=6, size=SIZE)
+    return world.make_slides(out, 8, SIZE)[6:]
 
 
 def level0(path):
@@ -44,9 +44,9 @@ def blocks(image, k):
 
 
 def test_same_seed_same_pixels_other_seed_other_pixels(slides, tmp_path):
-    # Other processes, other order.
-    again = world.make_slides(tmp_path, 3, seed=3, first=6, size=SIZE, workers=2)
-    assert [p.name for p in again] == ["slide-0006.svs", "slide-0007.svs", "slide-0008.svs"]
+    # Other processes.
+    again = world.make_slides(tmp_path, 8, SIZE, workers=2)[6:]
+    assert [p.name for p in again] == ["slide-0006.svs", "slide-0007.svs"]
     assert slides[1].read_bytes() == again[1].read_bytes()
     other, _ = paint.paint_slide(4, 7, SIZE)
     with tifffile.TiffFile(io.BytesIO(other)) as tiff:
@@ -77,11 +77,11 @@ def test_slide_is_an_aperio_pyramid(slides):
 def test_finished_slides_are_kept_and_foreign_ones_refused(slides):
     folder = slides[0].parent
     before = [p.stat().st_mtime_ns for p in slides]
-    world.make_slides(folder, 2, seed=3, first=6, size=SIZE)
+    world.make_slides(folder, 8, SIZE)
     assert [p.stat().st_mtime_ns for p in slides] == before
     assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
-    with pytest.raises(ValueError, match="seed 3"):
-        world.make_slides(folder, 2, seed=5, first=6, size=SIZE)
+    with pytest.raises(ValueError, match="slide-0000.svs is not of size 512"):
+        world.make_slides(folder, 8, 512)
     with pytest.raises(ValueError, match="multiple"):
         paint.paint_slide(0, 0, 1000)
 
@@ -89,7 +89,7 @@ def test_finished_slides_are_kept_and_foreign_ones_refused(slides):
 def test_truth_maps_agree_with_pixels(slides):
     for path in slides:
         known, tissue, tumour = world.read_slide_truth(path)
-        assert known["diagnosis"] == paint.facts(3, known["index"])["diagnosis"]
+        assert known["diagnosis"] == paint.facts(0, known["index"])["diagnosis"]
         assert tissue.shape == tumour.shape == (SIZE // 16, SIZE // 16)
         bright = blocks(level0(path), 16).mean(-1)
         glass, epithelium = np.median(bright[tissue == 3]), np.median(bright[tissue == 0])
@@ -226,7 +226,7 @@ def read_rows(path):
 def test_every_node_is_described_once_and_the_same_call_continues(slides, tmp_path):
     places = [(256, 256), (SIZE - 256, 0), (SIZE, SIZE)]
     keys = put_shard(tmp_path, "slide-0006", places)
-    world.describe(tmp_path, slides[0].parent, seed=0)
+    world.describe(tmp_path, slides[0].parent)
     captions = tmp_path / "bags-slide-0006.captions.jsonl"
     truths = tmp_path / "bags-slide-0006.truth.jsonl"
     for path in (captions, truths):
@@ -254,13 +254,13 @@ def test_every_node_is_described_once_and_the_same_call_continues(slides, tmp_pa
     # A shard that has both files is skipped; else both are written anew.
     first = captions.read_bytes()
     captions.write_bytes(b"kept\n")
-    world.describe(tmp_path, slides[0].parent, seed=0)
+    world.describe(tmp_path, slides[0].parent)
     assert captions.read_bytes() == b"kept\n"
     truths.unlink()
-    world.describe(tmp_path, slides[0].parent, seed=0)
+    world.describe(tmp_path, slides[0].parent)
     assert captions.read_bytes() == first
     with pytest.raises(ValueError, match="no bags"):
-        world.describe(slides[0].parent, slides[0].parent, seed=0)
+        world.describe(slides[0].parent, slides[0].parent)
 
 
 # ---- The folder ----------------------------------------------------------------------------------
