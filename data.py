@@ -15,11 +15,14 @@ stain augmentation.
 """
 
 import contextlib
+import fcntl
 import functools
 import io
 import json
 import os
+import platform
 import signal
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +54,37 @@ def write_whole(path, content):
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
         os.replace(temp, path)
-    except OSError as e:
-        raise OSError(f"{path} cannot be written ({e.strerror or e}): make room there") from e
+    except (OSError, RuntimeError) as e:
+        # torch.save says with a RuntimeError of many lines that a disk is full.
+        reason = getattr(e, "strerror", "") or "is the disk full?"
+        raise OSError(f"{path} cannot be written ({reason}): make room there") from e
     finally:
         temp.unlink(missing_ok=True)
+
+
+def lock(folder, name=".lock", wait=False):
+    """Keep a folder for this process until it ends -> the open lock. ValueError names its owner."""
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Follow no link: the file that it points to would be emptied.
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = file.read() or "another process"
+        raise ValueError(f"{folder} is in use by {owner}: wait for its end") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def on_white(image):
+    """Lay a picture of any mode on white, as glass is -> PIL image, RGB."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def read_image(path):
@@ -64,7 +94,7 @@ def read_image(path):
             # Pillow would clip deeper pixels to white.
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are {image.mode}, not 8-bit")
-            return image.convert("RGB")
+            return on_white(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path} cannot be read as a picture ({e}): give 8-bit RGB") from None
 
@@ -116,15 +146,17 @@ class Bags(Dataset):
 
     bags[i] -> dict(key, slide, index, image uint8 [3, 8S, 8S], valid bool [85])
     .keys [n], .slides [n] names, .shards paths, .shard_of [n] numbers into them, .S patch side,
+    .marks checksums of the shards' indexes, each of which changes with the shard,
     .valid bool [n, 85] (valid_nodes), .meta [n] rows of the index: x, y, side, mags, tissue, ...
     """
 
     def __init__(self, folder, min_node=0.1):
         self.folder = Path(folder)
-        self.keys, self.slides, self.shards = [], [], []
+        self.keys, self.slides, self.shards, self.marks = [], [], [], []
         shard_of, jpg, valid, sizes = [], [], [], set()
         for path in sorted(self.folder.glob("bags-*.index.json")):
-            index = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            index = json.loads(content)
             rows = index["bags"]
             if not rows:
                 continue
@@ -139,6 +171,7 @@ class Bags(Dataset):
             jpg += [row["jpg"] for row in rows]
             valid.append(valid_nodes(rows[0]["mags"], [row["tissue"] for row in rows], min_node))
             self.shards.append(shard)
+            self.marks.append(zlib.crc32(content))
             sizes.add(index["patch_px"])
         if len(sizes) != 1:
             found = f"patches of {sorted(sizes)} pixels" if sizes else "no bags"
@@ -369,7 +402,7 @@ class Batches(Dataset):
         for j, row in zip(index, nodes.tolist(), strict=True):
             said = self.captions[self.bags.keys[j]]
             spoken.append([said[n] or "" for n in row])
-        told = valid & torch.tensor([[bool(caption) for caption in row] for row in spoken])
+        told = valid & torch.tensor([list(map(bool, row)) for row in spoken])
         batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid, "told": told}
         batch |= self.draw_pairs(told, g)
         free = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
@@ -510,17 +543,27 @@ def count_keywords(bags, captions, missing=0.0):
     return corpus
 
 
+def features_path(bags, number, name):
+    """Return where the features of a shard are: the valid nodes of its bags [n, V, Dv], float16."""
+    # Features of a shard that was exchanged since have another name.
+    return bags.shards[number].with_suffix(f".{name}-{bags.marks[number]:08x}.npy")
+
+
 def open_features(bags, name):
     """Open the features of this name (prepare.features) -> function (bag, nodes [N]) to tokens."""
     first = np.searchsorted(bags.shard_of, np.arange(len(bags.shards)))
 
     def read(i, nodes):
-        shard = bags.shards[bags.shard_of[i]]
-        path = shard.with_suffix(f".{name}.npy")
-        if not path.exists() or path.stat().st_mtime < shard.stat().st_mtime:
-            raise ValueError(f"{path} is missing or older than its shard: run prepare.features")
-        row = i - first[bags.shard_of[i]]
-        return torch.from_numpy(np.load(path, mmap_mode="r")[row, nodes.numpy()])  # [N, V, Dv]
+        number = bags.shard_of[i]
+        path = features_path(bags, number, name)
+        if not path.exists():
+            raise ValueError(f"{path} is missing: run `python -m prepare.features` on these shards")
+        # Count the valid nodes of the shard up to each node of this bag.
+        row = bags.valid[first[number] : i + 1].flatten().cumsum(0)[-NODES:] - 1  # [85]
+        there, saved = bags.valid[i][nodes], np.load(path, mmap_mode="r")
+        tokens = torch.zeros(len(nodes), *saved.shape[1:], dtype=torch.float16)  # [N, V, Dv]
+        tokens[there] = torch.from_numpy(saved[row[nodes[there]].numpy()])
+        return tokens
 
     return read
 

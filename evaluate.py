@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import sys
+import zipfile
 from itertools import product
 from pathlib import Path
 
@@ -45,9 +46,12 @@ def read_checkpoint(run, device="cpu"):
     paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
+            # torch writes checksums, but does not look at them.
+            if zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum is wrong")
             return torch.load(path, map_location=device, weights_only=True), path
         except Exception as e:  # a damaged file raises almost anything
-            print(f"{path} cannot be read ({type(e).__name__})", file=sys.stderr)
+            print(f"{path} cannot be read ({e!r})", file=sys.stderr)
     if paths:
         raise ValueError(f"{run} holds no checkpoint that can be read: move it away to start anew")
     return None, None
@@ -58,14 +62,14 @@ def load_run(run, device="cpu"):
     state, path = read_checkpoint(run)
     if not state:
         raise ValueError(f"{run} holds no ckpt.pt: train with `torchrun train.py --out {run}`")
-    tokenizer = text.Tokenizer.load(Path(run) / "tokenizer.json")
+    tokenizer = text.Tokenizer(state["tokenizer"])
     # Weights fit only the networks that they were trained in.
     try:
         size = networks.SIZES[state["config"]["size"]]
         model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError):
-        remedy = "load it with the code and tokenizer.json that trained it"
+        remedy = "load it with the code that trained it"
         raise ValueError(f"{path} is a checkpoint of another architecture: {remedy}") from None
     return model.to(device).eval(), tokenizer
 
@@ -107,19 +111,26 @@ def embed_images(model, images, w=None, k_o=8, at_once=128):
 
 
 def embed(model, bags, indices, device="cpu", w=None, k_o=8):
-    """Embed all patches of the chosen bags -> dict as of `embed_images`, each [R, N, ...].
+    """Embed the valid patches of the chosen bags -> dict as of `embed_images`, each [R, N, ...].
 
     It also has "valid" bool [R, N]; "index" and "slides" [R], numbers and slide names of the bags.
     """
-    indices = list(indices)
-    rows = {}
+    indices, waiting, parts = list(indices), [], []
     for i in tqdm(indices, "embed", leave=False, unit="bag", disable=None):
         patches = data.pyramid(bags[i]["image"][None].to(device))[0]  # [N, 3, S, S]
-        for name, x in embed_images(model, patches, w, k_o).items():
-            rows.setdefault(name, []).append(x)
-    features = {name: torch.stack(parts) for name, parts in rows.items()}
+        waiting.append(patches[bags.valid[i].to(device)])
+        # Read many bags at once, so that few batches are not full.
+        if sum(map(len, waiting)) >= 512 or i == indices[-1]:
+            parts.append(embed_images(model, torch.cat(waiting), w, k_o))
+            waiting = []
+    valid = bags.valid[indices]
     slides = np.array(bags.slides)[indices]
-    return features | {"valid": bags.valid[indices], "index": indices, "slides": slides}
+    features = {"valid": valid, "index": indices, "slides": slides}
+    for name in parts[0]:
+        rows = torch.cat([part[name] for part in parts])
+        features[name] = rows.new_zeros(*valid.shape, *rows.shape[1:])
+        features[name][valid] = rows
+    return features
 
 
 @torch.no_grad()

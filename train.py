@@ -27,6 +27,8 @@ import dataclasses
 import inspect
 import json
 import math
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,11 +268,12 @@ def learning_rate(step, cfg):
     return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def save_checkpoint(folder, objective, optimizer, step, cfg):
+def save_checkpoint(folder, objective, optimizer, tokenizer, step, cfg):
     """Write ckpt.pt whole or not at all, and keep the one before as ckpt_prev.pt."""
     new, old, fresh = (folder / f"ckpt{x}.pt" for x in ("", "_prev", "_new"))
     state = {"model": objective.model.state_dict(), "heads": objective.heads.state_dict()}
     state |= {"optimizer": optimizer.state_dict(), "step": step, "config": vars(cfg)}
+    state["tokenizer"] = tokenizer.merges
     data.write_whole(fresh, lambda file: torch.save(state, file))
     if new.exists():
         os.replace(new, old)
@@ -305,12 +308,30 @@ def nothing(*_):
     """Do nothing, in place of a call that only some processes make."""
 
 
-def keep_memory():
-    """Let glibc keep what large tensors leave: a CPU pays a tenth of a step for fresh pages."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+def ask_system(cfg):
+    """Ask the system for what a run needs; where it is no Linux, go without."""
+    # Loaders hand over each tensor by a file handle.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        # A process whose torchrun is gone gets SIGTERM: it would train on as an orphan.
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        # Keep what large tensors leave: a CPU pays a tenth of a step for fresh pages.
+        if cfg.device == "cpu":
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def check_shared_memory(batch, cfg):
+    """Refuse loaders whose batches would not fit into shared memory: they would wait for ever."""
+    need = 4 * cfg.workers * sum(x.nbytes for x in batch.values())
+    need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    if need > room:
+        sizes = f"/dev/shm has room for {room / 1e6:.0f} MB, loaders need {need / 1e6:.0f}"
+        raise ValueError(f"{sizes}: enlarge it (docker run --shm-size), or lower --workers")
 
 
 def matmul_rate(device):
@@ -406,14 +427,14 @@ def main(argv):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 remains
-    else:
-        keep_memory()
+    ask_system(cfg)
     if distributed:
         # The time-out must outlast rank 0 making the data.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     barrier = dist.barrier if distributed else nothing
     say = tqdm.write if rank == 0 else nothing
+    held = data.lock(run) if rank == 0 else None  # noqa: F841, until this process ends
     changed = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
     say("settings: " + " ".join(f"--{name} {getattr(cfg, name)}" for name in changed))
 
@@ -436,7 +457,9 @@ def main(argv):
         tokenizer = choose_tokenizer(cfg, bags, captions, init)
         data.write_whole(run / "tokenizer.json", tokenizer.to_json())
     barrier()
-    tokenizer = text.Tokenizer.load(run / "tokenizer.json")
+    # A checkpoint holds its tokenizer, whatever became of the file.
+    file = run / "tokenizer.json"
+    tokenizer = text.Tokenizer(state["tokenizer"]) if state else text.Tokenizer.load(file)
     # A checkpoint holds the public weights: their files are not needed again.
     source = dataclasses.replace(cfg, vision="", text="") if state and not cfg.cache else cfg
     model = build_model(source, tokenizer, init)
@@ -466,13 +489,16 @@ def main(argv):
     loader = DataLoader(
         batches, batch_size=None, sampler=left, num_workers=cfg.workers, worker_init_fn=data.settle,
         pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None,
+        timeout=900 if cfg.workers else 0,
     )  # fmt: skip
     loader = iter(loader)
 
     # Measure the work of a step; then compile it, and wrap it for many processes.
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     objective.train()
-    flops = count_flops(objective, data.to_device(batches[0], cfg, device), autocast)
+    batch = batches[0]
+    check_shared_memory(batch, cfg)
+    flops = count_flops(objective, data.to_device(batch, cfg, device), autocast)
     flops, rate = flops * cfg.accumulate * world, matmul_rate(device) * world
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
     if world > 1:
@@ -493,6 +519,7 @@ def main(argv):
     if rank == 0:
         data.write_whole(run / "config.json", json.dumps(vars(cfg), indent=1))
         data.write_whole(run / "keywords.json", json.dumps(corpus["common"]))
+        (run / "finished").unlink(missing_ok=True)
         log, told = open_log(run, cfg), set()
         begun = {"started": time.strftime("%F %T"), "step": step, "world": world}
         log(begun | {"torch": torch.__version__, "config": vars(cfg)})
@@ -571,7 +598,7 @@ def main(argv):
             since += time.time() - pause
 
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or halt):
-            save_checkpoint(run, objective, optimizer, step, cfg)
+            save_checkpoint(run, objective, optimizer, tokenizer, step, cfg)
 
     bar.close()
     for name, handler in zip(signals, usual, strict=True):
@@ -579,9 +606,11 @@ def main(argv):
     del loader, forward  # DDP holds on to the process group
     if halt:
         say(f"stopped at step {step} of {cfg.steps}; the same command continues")
-    elif cfg.eval_every and rank == 0:
-        evaluate.measure(run, folder, device, learn=False)
-        say(f"python evaluate.py {run} also fits a linear probe")
+    elif rank == 0:
+        if cfg.eval_every:
+            evaluate.measure(run, folder, device, learn=False)
+            say(f"python evaluate.py {run} also fits a linear probe")
+        data.write_whole(run / "finished", str(step))
     barrier()  # a process that leaves early could hang the others
     if distributed:
         dist.destroy_process_group()

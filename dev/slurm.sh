@@ -5,7 +5,7 @@
 # Train on a SLURM cluster:  sbatch dev/slurm.sh     (from the root of the repository, once)
 #
 # SLURM sends USR1 two minutes before the time is up. train.py then saves a checkpoint and leaves
-# with code 0, and this script queues itself again until the run is finished (results.json holds the last table).
+# with code 0, and this script queues itself again until the run is finished ($RUN/finished is there).
 # A run that fails is not queued again. Set the files and the number of nodes to yours.
 
 RUN=runs/mine
@@ -20,4 +20,4 @@ srun --kill-on-bad-exit=1 bash -c '
         --vision uni/pytorch_model.bin --text quiltnet/open_clip_pytorch_model.bin \
         --tokenizer bpe_simple_vocab_16e6.txt.gz' || exit 1
 
-grep -qs '"retrieval"' "$RUN/results.json" || scontrol requeue "$SLURM_JOB_ID"
+[ -e "$RUN/finished" ] || scontrol requeue "$SLURM_JOB_ID"

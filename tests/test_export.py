@@ -126,7 +126,10 @@ def test_what_cannot_leave_is_one_sentence(tmp_path):
 def test_the_command(tmp_path):
     words = text.Tokenizer([])
     model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
-    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, tmp_path / "ckpt.pt")
+    torch.save(
+        {"model": model.state_dict(), "tokenizer": words.merges, "config": {"size": "synthetic"}},
+        tmp_path / "ckpt.pt",
+    )
     (tmp_path / "tokenizer.json").write_text(words.to_json())
     done = script("protocols.export", tmp_path, "--to", "open_clip")
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 pytest tests/test_features.py
 """
 
+import json
 import os
 import shutil
 
@@ -54,15 +55,39 @@ def test_the_command_writes_the_tokens_of_every_patch(folder, weights, monkeypat
     for split, shards in (("train", 6), ("test", 2)):
         bags = data.Bags(folder / split)
         paths = sorted((folder / split).glob("*.npy"))
-        assert paths == [shard.with_suffix(f".{name}.npy") for shard in bags.shards]
-        assert len(paths) == shards
+        assert paths == [data.features_path(bags, i, name) for i in range(shards)]
         tokens = np.concatenate([np.load(path) for path in paths])
-        assert tokens.dtype == np.float16 and tokens.shape == (len(bags), 85, 5, 64)
-        # Rows stand in the order of the bags.
-        for i in (0, len(bags) - 1):
+        assert tokens.dtype == np.float16 and tokens.shape == (int(bags.valid.sum()), 5, 64)
+        # A reader finds each node of each bag.
+        read = data.open_features(bags, name)
+        for i in (0, 1, len(bags) - 1):
+            nodes = torch.tensor([0, 4, 20, 84, 41])
             with torch.no_grad():
                 found = model.vision_tokens(data.pyramid(bags[i]["image"][None])[0])
-            assert np.allclose(tokens[i], found.numpy(), atol=2e-3)
+            found = found[nodes] * bags.valid[i][nodes][:, None, None]
+            assert np.allclose(read(i, nodes), found.numpy(), atol=2e-3)
+
+
+def test_only_valid_patches_are_read(folder):
+    """Blank most nodes: they are not sent through the tower, and are zeros."""
+    for path in (folder / "test").glob("*.index.json"):
+        index = json.loads(path.read_text())
+        for k, row in enumerate(index["bags"]):
+            row["tissue"] = [float((n + k) % 3 == 0) for n in range(85)]
+        path.write_text(json.dumps(index))
+    bags, seen = data.Bags(folder / "test"), []
+
+    def see(images):
+        seen.append(len(images))
+        return images.mean((2, 3))[:, None]  # [at_once, 1, 3]
+
+    features.cache_features(see, bags, "x", at_once=50)
+    assert set(seen) == {50} and sum(seen) < 0.5 * 85 * len(bags)
+    read = data.open_features(bags, "x")
+    for i in range(len(bags)):
+        mean = data.pyramid(bags[i]["image"][None])[0].mean((2, 3)).half()
+        expected = mean * bags.valid[i][:, None]
+        assert torch.allclose(read(i, torch.arange(85))[:, 0], expected, atol=2e-3)
 
 
 def test_finished_shards_are_skipped_and_changed_ones_made_anew(folder, weights):
@@ -70,14 +95,19 @@ def test_finished_shards_are_skipped_and_changed_ones_made_anew(folder, weights)
     script(*argv, before=add_tiny, check=True)
     first = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     assert len(first) == 8
-    # One is lost, the shard of another is tiled anew.
+    # One is lost, the shard of another is exchanged for one of an older time.
     lost, old, *_ = sorted(first)
     lost.unlink()
-    shard = old.with_name(old.name.split(".")[0] + ".tar")
-    os.utime(shard)
+    index = old.with_name(old.name.split(".")[0] + ".index.json")
+    index.write_text(index.read_text() + " ")
+    os.utime(index, (0, 0))
+    # A time in the future is no reason to make features anew.
+    for shard in folder.rglob("*.tar"):
+        os.utime(shard, (4e9, 4e9))
     script(*argv, before=add_tiny, check=True)
-    changed = {path for path, then in first.items() if path.stat().st_mtime_ns != then}
-    assert changed == {lost, old}
+    assert {path for path, then in first.items() if path.stat().st_mtime_ns != then} == {lost}
+    new = set(folder.rglob("*.npy")) - set(first)
+    assert [path.name.split(".")[0] for path in new] == [old.name.split(".")[0]]
 
 
 def test_an_interrupted_pass_leaves_whole_files_and_goes_on(folder, monkeypatch):
@@ -86,7 +116,8 @@ def test_an_interrupted_pass_leaves_whole_files_and_goes_on(folder, monkeypatch)
     name = networks.features_name(model)
     bags = data.Bags(folder / "train")
     # Die inside the third shard.
-    left = [int(np.bincount(bags.shard_of)[:2].sum()) + 2]
+    counts = [int(bags.valid[bags.shard_of == i].sum()) for i in range(2)]
+    left = [sum(-(-count // 128) for count in counts) + 2]
 
     def dying(images):
         left[0] -= 1
@@ -96,28 +127,30 @@ def test_an_interrupted_pass_leaves_whole_files_and_goes_on(folder, monkeypatch)
 
     with pytest.raises(KeyboardInterrupt):
         features.cache_features(dying, bags, name)
-    paths = sorted(bags.folder.glob(f"*.{name}.npy"))
+    paths = sorted(bags.folder.glob(f"*.{name}*.npy"))
     assert len(paths) == 2 and not list(bags.folder.glob(".*.tmp"))
     then = [path.stat().st_mtime_ns for path in paths]
     features.cache_features(model.vision_tokens, bags, name)
     assert [path.stat().st_mtime_ns for path in paths] == then
-    found = sorted(bags.folder.glob(f"*.{name}.npy"))
+    found = sorted(bags.folder.glob(f"*.{name}*.npy"))
     assert len(found) == 6
-    assert np.load(found[0], mmap_mode="r").shape[1:] == (85, 5, 128)
+    assert np.load(found[0], mmap_mode="r").shape[1:] == (5, 128)
 
 
 def test_processes_share_the_shards(folder):
     bags = data.Bags(folder / "train")
 
     def see(images):
-        return images.mean((2, 3))[:, None]  # [85, 1, 3]
+        return images.mean((2, 3))[:, None]  # [at_once, 1, 3]
+
+    def done():
+        return [i for i in range(6) if data.features_path(bags, i, "x").exists()]
 
     features.cache_features(see, bags, "x", rank=1, world=4)
-    done = [shard for shard in bags.shards if shard.with_suffix(".x.npy").exists()]
-    assert done == [bags.shards[1], bags.shards[5]]
+    assert done() == [1, 5]
     for rank in (0, 2, 3):
         features.cache_features(see, bags, "x", rank=rank, world=4)
-    assert all(shard.with_suffix(".x.npy").exists() for shard in bags.shards)
+    assert done() == [0, 1, 2, 3, 4, 5]
 
 
 def test_other_weights_have_another_name_and_wrong_ones_a_sentence(folder, weights, tmp_path):

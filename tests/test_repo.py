@@ -223,7 +223,12 @@ def test_the_slurm_script_runs(world, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = (run / "log.jsonl").read_text().split("\n")
     assert json.loads(next(filter(None, rows)))["world"] == 2
-    assert (tmp_path / "queued").read_text() == "requeue 7\n"  # there are no results yet
+    # A finished run is not queued again, one that was stopped is.
+    assert not (tmp_path / "queued").exists()
+    (run / "finished").unlink()
+    (tmp_path / "srun").write_text("#!/bin/bash\nexit 0\n")
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=60)
+    assert (tmp_path / "queued").read_text() == "requeue 7\n"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")

@@ -398,7 +398,7 @@ def test_cached_training_equals_online(world, tmp_path):
     assert curve["cached"] == pytest.approx(curve["online"], rel=2e-3)
     for path in (folder / "train").glob("*.npy"):
         path.unlink()
-    with pytest.raises(ValueError, match="run prepare.features"):
+    with pytest.raises(ValueError, match="run `python -m prepare.features`"):
         main(folder, tmp_path / "none", *fixed, "--cache", "true")
 
 
