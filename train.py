@@ -28,6 +28,7 @@ import inspect
 import json
 import math
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
@@ -379,7 +380,7 @@ def validate(objective, batches, device, autocast):
 
 
 def open_log(run, cfg):
-    """Open log.jsonl -> a function that writes a row, also to Weights & Biases if asked for."""
+    """Open log.jsonl, and Weights & Biases if asked for -> functions (write a row, close)."""
     file, tracker = open(run / "log.jsonl", "a+", buffering=1), None
     file.seek(max(0, file.tell() - 1))
     file.write("\n" if file.read(1) not in ("", "\n") else "")  # end a line that a kill cut off
@@ -388,14 +389,22 @@ def open_log(run, cfg):
             import wandb
         except ImportError:
             raise ValueError("--wandb needs its package: pip install wandb") from None
-        tracker = wandb.init(project=cfg.wandb, name=run.name, config=vars(cfg))
+        # The same run goes on there as here.
+        if not (run / "wandb_id").exists():
+            data.write_whole(run / "wandb_id", secrets.token_hex(8))
+        more = dict(id=(run / "wandb_id").read_text(), resume="allow", config=vars(cfg))
+        try:
+            tracker = wandb.init(project=cfg.wandb, name=run.name, **more)
+        except Exception as e:
+            remedy = "log in by `wandb login`, or set WANDB_MODE=offline"
+            raise ValueError(f"Weights & Biases does not start ({e!r}): {remedy}") from e
 
     def write(row):
         file.write(json.dumps(row) + "\n")
         if tracker:
             tracker.log(row, step=row["step"])
 
-    return write
+    return write, tracker.finish if tracker else nothing
 
 
 def make_world(folder):
@@ -520,7 +529,7 @@ def main(argv):
         data.write_whole(run / "config.json", json.dumps(vars(cfg), indent=1))
         data.write_whole(run / "keywords.json", json.dumps(corpus["common"]))
         (run / "finished").unlink(missing_ok=True)
-        log, told = open_log(run, cfg), set()
+        (log, close_log), told = open_log(run, cfg), set()
         begun = {"started": time.strftime("%F %T"), "step": step, "world": world}
         log(begun | {"torch": torch.__version__, "config": vars(cfg)})
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank == 0 else True)
@@ -611,6 +620,8 @@ def main(argv):
             evaluate.measure(run, folder, device, learn=False)
             say(f"python evaluate.py {run} also fits a linear probe")
         data.write_whole(run / "finished", str(step))
+    if rank == 0:
+        close_log()
     barrier()  # a process that leaves early could hang the others
     if distributed:
         dist.destroy_process_group()

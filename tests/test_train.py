@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,7 +172,6 @@ def test_mistakes_get_one_sentence(world, tmp_path):
         (["--data", world, *paper], "b is not CLIP's merge list"),
         (["--data", world, "--vision", "uni.bin"], "uni.bin holds no weights saved by torch"),
         (["--data", world, "--init", "no.pt"], "no.pt is no file of prepare.words"),
-        (["--data", world, "--steps", 1, "--wandb", "p"], "pip install wandb"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             train.main([*SMALL, *map(str, argv), "--out", str(tmp_path / "x")])
@@ -378,6 +378,86 @@ def test_one_dying_process_ends_the_others_and_says_why(world, tmp_path):
     assert re.search(rf"error: .*tar.*{bags.keys[index]}.* damaged", done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGKILL"])
+def test_a_signal_to_torchrun_loses_nothing_and_leaves_no_orphan(world, tmp_path, name):
+    """torchrun dies of the last two: its process hears of that, saves and leaves."""
+    out = tmp_path / "x"
+    argv = ["--data", world, "--out", out, "--steps", 100000, *SMALL, "--save_every", 100000]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch(1), "train.py", *map(str, argv)]
+    pipe = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe)
+    try:
+        wait_for(
+            lambda: (out / "log.jsonl").exists() and '"step": 2,' in (out / "log.jsonl").read_text()
+        )
+        process.send_signal(getattr(signal, name))
+        process.wait(timeout=60)
+        # The lock is free once the training process has gone.
+        wait_for(lambda: is_free(out))
+    finally:
+        process.kill()
+    saved, path = evaluate.read_checkpoint(out)
+    assert path.name == "ckpt.pt" and saved["step"] == curves.read_log(out)["loss"][0][-1] >= 2
+    assert not (out / "finished").exists()
+
+
+def wait_for(condition, seconds=60):
+    until = time.time() + seconds
+    while not condition():
+        assert time.time() < until
+        time.sleep(0.05)
+
+
+def is_free(folder):
+    try:
+        return data.lock(folder)
+    except ValueError:
+        return None
+
+
+def test_a_second_run_in_a_folder_is_refused(world, tmp_path):
+    held = data.lock(tmp_path / "x")
+    argv = ("--data", world, "--out", tmp_path / "x", "--steps", 1, *SMALL)
+    done = run(*argv, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*x is in use by process \d+ on .*\n", done.stderr)
+    held.close()
+    assert run(*argv).returncode == 0 and (tmp_path / "x" / "finished").read_text() == "1"
+    # A link in the place of the lock is not followed.
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "x" / ".lock").unlink()
+    (tmp_path / "x" / ".lock").symlink_to(tmp_path / "precious")
+    assert run(*argv, check=False).returncode == 1
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_loaders_that_would_wait_for_ever_are_refused(monkeypatch):
+    cfg = train.parse(["--workers", "8"])
+    batch = {"pixels": torch.zeros(1000, dtype=torch.uint8)}
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=31_999))
+    with pytest.raises(ValueError, match="--shm-size.*--workers"):
+        train.check_shared_memory(batch, cfg)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=32_000))
+    train.check_shared_memory(batch, cfg)
+
+
+def test_a_lost_tokenizer_and_a_flipped_bit_are_no_loss(world, tmp_path, capsys):
+    out = tmp_path / "x"
+    main(world, out, "--steps", 2, "--save_every", 1)
+    words = evaluate.load_run(out)[1].merges
+    (out / "tokenizer.json").write_text('{"merges": []}')
+    assert evaluate.load_run(out)[1].merges == words
+    # Flip a bit inside a tensor: torch would load it.
+    content = bytearray((out / "ckpt.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "ckpt.pt").write_bytes(content)
+    main(world, out, "--steps", 3, "--change", "true")
+    told = capsys.readouterr()
+    assert "checksum" in told.err and "at step 1 of 3" in told.out + told.err
+
+
 # ---- features of a frozen tower ------------------------------------------------------------------
 
 
@@ -466,8 +546,37 @@ def test_a_line_that_a_kill_cut_off_is_ended_first(tmp_path):
     log = tmp_path / "log.jsonl"
     for before, after in (("", ""), ('{"step": 1}\n', '{"step": 1}\n'), ('{"st', '{"st\n')):
         log.write_text(before)
-        train.open_log(tmp_path, train.Config())({"step": 2})
+        write, _ = train.open_log(tmp_path, train.Config())
+        write({"step": 2})
         assert log.read_text() == after + '{"step": 2}\n'
+
+
+def test_a_run_keeps_its_name_at_weights_and_biases(world, tmp_path, monkeypatch):
+    """A stand-in takes the place of the package: no test opens a run."""
+    begun, ids, rows = [], [], []
+
+    def init(**more):
+        begun.append(more)
+        ids.append(more["id"])
+        assert more["project"] == "mine" and more["resume"] == "allow"
+        return SimpleNamespace(log=lambda row, step: rows.append(step), finish=begun[-1].clear)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    out = tmp_path / "x"
+    for steps in (1, 2):
+        main(world, out, "--steps", steps, "--change", "true", "--wandb", "mine")
+    assert rows == [0, 1, 1, 2]
+    assert ids == [(out / "wandb_id").read_text()] * 2 and begun == [{}, {}]
+    other = train.parse(["--wandb", "mine"])
+    (tmp_path / "y").mkdir()
+    train.open_log(tmp_path / "y", other)
+    assert ids[2] != ids[1]
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(ValueError, match="wandb login.*WANDB_MODE=offline"):
+        train.open_log(tmp_path / "y", other)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train.open_log(tmp_path / "y", other)
 
 
 def test_words_of_another_size_are_refused(world, tmp_path, monkeypatch):
