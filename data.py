@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import signal
+import sys
 import zlib
 from pathlib import Path
 
@@ -99,6 +100,14 @@ def read_image(path):
         raise ValueError(f"{path} cannot be read as a picture ({e}): give 8-bit RGB") from None
 
 
+def progress(*args, **more):
+    """Show tqdm's bar on a terminal; elsewhere, as in the log of a job, a line a minute."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
+        more |= dict(delay=60, mininterval=60, maxinterval=60, bar_format=line)
+    return tqdm(*args, **more)
+
+
 # ---------------------------------------------------------------- the 85 nodes
 
 # Place each node on the 2^level x 2^level grid of its level.
@@ -153,7 +162,7 @@ class Bags(Dataset):
     def __init__(self, folder, min_node=0.1):
         self.folder = Path(folder)
         self.keys, self.slides, self.shards, self.marks = [], [], [], []
-        shard_of, jpg, valid, sizes = [], [], [], set()
+        shard_of, jpg, crc, valid, sizes = [], [], [], [], set()
         for path in sorted(self.folder.glob("bags-*.index.json")):
             content = path.read_bytes()
             index = json.loads(content)
@@ -169,6 +178,8 @@ class Bags(Dataset):
             self.slides += [index["slide"]] * len(rows)
             shard_of += [len(self.shards)] * len(rows)
             jpg += [row["jpg"] for row in rows]
+            # Shards of older versions have no checksums.
+            crc += [row.get("crc", -1) for row in rows]
             valid.append(valid_nodes(rows[0]["mags"], [row["tissue"] for row in rows], min_node))
             self.shards.append(shard)
             self.marks.append(zlib.crc32(content))
@@ -181,6 +192,7 @@ class Bags(Dataset):
         # Arrays need less memory than lists, in every worker of a loader.
         self.shard_of = np.array(shard_of)
         self.jpg = np.array(jpg)
+        self.crc = np.array(crc)
         self.valid = torch.from_numpy(np.concatenate(valid))
 
     @functools.cached_property
@@ -202,6 +214,9 @@ class Bags(Dataset):
             file.seek(offset)
             content = file.read(size)
         try:
+            # Damage may still decode.
+            if self.crc[i] not in (-1, zlib.crc32(content)):
+                raise ValueError("its checksum differs")
             image = torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
         except (RuntimeError, ValueError, OSError) as e:
             damage = f"{shard}: bag {self.keys[i]} is damaged ({e!r})"
@@ -521,7 +536,7 @@ def count_keywords(bags, captions, missing=0.0):
     stamp = [valid, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]]
 
     def read():
-        for i, key in enumerate(tqdm(bags.keys, "keywords", unit="bag", leave=False, disable=None)):
+        for i, key in enumerate(progress(bags.keys, "keywords", unit="bag")):
             said = captions[key]
             silent = [n for n in range(NODES) if bags.valid[i, n] and not said[n]]
             if silent:

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import model as networks
@@ -116,7 +115,7 @@ def embed(model, bags, indices, device="cpu", w=None, k_o=8):
     It also has "valid" bool [R, N]; "index" and "slides" [R], numbers and slide names of the bags.
     """
     indices, waiting, parts = list(indices), [], []
-    for i in tqdm(indices, "embed", leave=False, unit="bag", disable=None):
+    for i in data.progress(indices, "embed", leave=False, unit="bag"):
         patches = data.pyramid(bags[i]["image"][None].to(device))[0]  # [N, 3, S, S]
         waiting.append(patches[bags.valid[i].to(device)])
         # Read many bags at once, so that few batches are not full.
