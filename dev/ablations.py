@@ -21,17 +21,15 @@ import train
 from prepare.world import make_world
 
 # The name of a row, and the flags of train.py that make it. Add your own.
-CHANGES = {"all-six": []}
-for loss in train.LOSSES:
-    CHANGES[f"without-{loss}"] = [f"--{loss}", "0"]
+CHANGES = {"all-six": []} | {f"without-{loss}": [f"--{loss}", "0"] for loss in train.LOSSES}
 
-COLUMNS = {
-    "architecture 5x": ("architecture", "patch", "5x"),
-    "10x": ("architecture", "patch", "10x"),
-    "cytology 20x": ("cytology", "patch", "20x"),
-    "40x": ("cytology", "patch", "40x"),
-    "diagnosis merged": ("diagnosis", "bag", "merged"),
-}
+COLUMNS = (
+    "architecture 5x",
+    "architecture 10x",
+    "cytology 20x",
+    "cytology 40x",
+    "diagnosis merged",
+)
 
 
 def numbers(folder):
@@ -42,7 +40,9 @@ def numbers(folder):
     if "retrieval" not in results:
         return []
     found = []
-    for fact, unit, mag in COLUMNS.values():
+    for column in COLUMNS:
+        fact, mag = column.split()
+        unit = "bag" if mag == "merged" else "patch"
         found.append(results["zeroshot"][fact]["ensemble"][unit][mag]["f1"])
     return [*found, statistics.mean(part["mean"] for part in results["retrieval"].values())]
 
@@ -61,8 +61,7 @@ def run(folder, flags):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default="runs/ablations")
     parser.add_argument("--data", default="data/synthetic", help="built-in world, made if missing")
     parser.add_argument("--seeds", type=int, default=3)
@@ -73,18 +72,15 @@ def main():
     if not (Path(args.data) / "classes.json").exists():
         make_world(args.data)
     # Run all rows of a seed before the next seed, so that an early table compares like with like.
-    jobs = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in range(args.seeds):
             for name in args.only:
                 flags = ["--data", args.data, "--steps", str(args.steps), "--seed", str(seed)]
-                jobs.append(pool.submit(run, args.out / f"{name}-{seed}", flags + CHANGES[name]))
-        for job in jobs:
-            job.result()
+                pool.submit(run, args.out / f"{name}-{seed}", flags + CHANGES[name])
     rows = []
     for name in args.only:
         found = [numbers(args.out / f"{name}-{seed}") for seed in range(args.seeds)]
-        found = [row for row in found if row]
+        found = list(filter(None, found))
         cells = []
         for values in zip(*found, strict=True):
             mean = statistics.mean(values)
@@ -95,9 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: finished runs are kept, and the same command continues")
+    main()

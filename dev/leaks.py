@@ -1,6 +1,6 @@
 """Measure how much each magnification tells a small supervised network about the built-in world.
 
-    python -m dev.leaks data/synthetic/train --steps 300       # a few minutes on two cores
+    python -m dev.leaks data/synthetic/train --steps 300       # minutes
 
 One network a fact and magnification learns from clean labels: the tumour patches of three quarters
 of the slides. The rest tests it, as balanced accuracy. Architecture should be read at 5x and 10x
@@ -10,7 +10,6 @@ trains. So what it cannot read is not there to be read. Results by date are in d
 """
 
 import argparse
-import multiprocessing
 import sys
 
 import numpy as np
@@ -25,25 +24,22 @@ import evaluate
 PER_BAG = 16
 
 
-def load(folder, level, fact, rng):
-    """Cut tumour patches of one node level -> uint8 [R, 3, S, S], facts [R], slides [R]."""
-    bags = data.Bags(folder)
+def load(folder, level):
+    """Cut tumour patches of one node level -> uint8 [R, 3, S, S], their truths, slides [R]."""
+    bags, rng = data.Bags(folder), np.random.default_rng(0)
     truth = data.read_truth(bags)
     if not truth:
         raise ValueError(f"{folder} holds no truth: make it by prepare.world")
-    at_level = np.flatnonzero(data.LEVEL == level)
-    patches = []
-    labels = []
-    slides = []
+    patches, truths, slides = [], [], []
     for i, key in enumerate(bags.keys):
-        known = truth[key]
-        tumour = [node for node in at_level if known[node]["cytology"]]
+        at_level = np.flatnonzero(data.LEVEL == level)
+        tumour = [node for node in at_level if truth[key][node]["cytology"]]
         chosen = rng.permutation(tumour)[:PER_BAG].astype(int)
         cut = data.pyramid(bags[i]["image"][None])[0, chosen]  # [n, 3, S, S]
         patches.append((cut * 255).round().to(torch.uint8))
+        truths += [truth[key][node] for node in chosen]
         slides += [bags.slides[i]] * len(chosen)
-        labels += [known[node][fact] for node in chosen]
-    return torch.cat(patches), np.array(labels), np.array(slides)
+    return torch.cat(patches), truths, np.array(slides)
 
 
 class Reader(nn.Module):
@@ -51,8 +47,7 @@ class Reader(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        layers = []
-        width = 3
+        layers, width = [], 3
         for wider, stride in ((24, 2), (48, 2), (64, 2), (96, 1)):
             layers += [nn.Conv2d(width, wider, 3, stride, 1, bias=False), nn.BatchNorm2d(wider)]
             layers += [nn.ReLU()]
@@ -64,16 +59,13 @@ class Reader(nn.Module):
         """Map images uint8 [B, 3, S, S] to logits [B, classes]."""
         x = images.float() / 255
         # Remove the brightness, which differs by slide and tells nothing.
-        x = (x - x.mean((1, 2, 3), keepdim=True)) / 0.2
-        x = self.body(x)
+        x = self.body((x - x.mean((1, 2, 3), keepdim=True)) / 0.2)
         return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
 
 
-def read(folder, level, fact, steps):
+def read(patches, labels, slides, steps):
     """Train and test one reader -> its cell of the table (str)."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    patches, labels, slides = load(folder, level, fact, np.random.default_rng(0))
     # Hold out the last quarter. Any 20 consecutive slides hold each diagnosis once.
     order = np.unique(slides)
     test = torch.from_numpy(np.isin(slides, order[-max(1, len(order) // 4) :]))
@@ -86,9 +78,7 @@ def read(folder, level, fact, steps):
     for _ in range(steps):
         batch = torch.randint(len(x_train), (64,))
         # Turn and mirror the whole batch.
-        x = torch.rot90(x_train[batch], int(torch.randint(4, ())), (2, 3))
-        if torch.rand(()) < 0.5:
-            x = x.flip(3)
+        x = data.flip(x_train[batch], torch.randint(8, (1,)))
         loss = F.cross_entropy(net(x), y_train[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -103,19 +93,17 @@ def read(folder, level, fact, steps):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="SHARDS", help="shards with truth (prepare.world)")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--workers", type=int, default=2, help="readers trained at a time")
     args = parser.parse_args()
-    jobs = []
-    for fact in ("architecture", "cytology"):
-        jobs += [(args.folder, level, fact, args.steps) for level in range(4)]
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        results = pool.starmap(read, jobs, chunksize=1)
-    rows = [["architecture", *results[:4]], ["cytology", *results[4:]]]
+    table = {"architecture": [], "cytology": []}
+    for level in range(4):
+        patches, truths, slides = load(args.folder, level)
+        for fact, row in table.items():
+            row.append(read(patches, [known[fact] for known in truths], slides, args.steps))
     columns = ["fact", *(f"{mag}x" for mag in data.MAGS)]
+    rows = [[fact, *row] for fact, row in table.items()]
     evaluate.print_table("balanced accuracy (patches to train/test)", columns, rows)
 
 
@@ -124,5 +112,3 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)

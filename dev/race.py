@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 # Seconds that a version runs before the other one has its turn.
 TURN = 15
@@ -22,19 +21,17 @@ TURN = 15
 
 def start(folder, command):
     """Start Python with `command` in `folder`, in its own process group, and pause it at once."""
-    with open(Path(folder) / "race.txt", "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, stdout=out, stderr=out, start_new_session=True
-        )
+    with open(os.path.join(folder, "race.txt"), "w") as out:
+        more = dict(cwd=folder, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen([sys.executable, *command], **more)
     os.killpg(process.pid, signal.SIGSTOP)
     return process
 
 
-def race(folders, command, turn=TURN):
-    """Run `command` in each folder by turns -> seconds each was let run, exit code of each."""
+def race(folders, command):
+    """Run `command` in each folder by turns -> {folder: seconds it was let run}."""
     running = {folder: start(folder, command) for folder in folders}
     used = dict.fromkeys(folders, 0.0)
-    codes = {}
     try:
         while running:
             for folder, process in list(running.items()):
@@ -42,8 +39,9 @@ def race(folders, command, turn=TURN):
                 os.killpg(process.pid, signal.SIGCONT)
                 begin = time.monotonic()
                 try:
-                    codes[folder] = process.wait(turn)
+                    code = process.wait(TURN)
                     del running[folder]
+                    print(f"{folder} ended with code {code}, see its race.txt")
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGSTOP)
                 used[folder] += time.monotonic() - begin
@@ -51,25 +49,13 @@ def race(folders, command, turn=TURN):
         # Leave nothing behind when the race is interrupted.
         for process in running.values():
             os.killpg(process.pid, signal.SIGKILL)
-    return used, codes
-
-
-def main():
-    if len(sys.argv) < 5 or sys.argv[3] != "--":
-        raise ValueError("usage: python -m dev.race OLD NEW -- SCRIPT [FLAGS]")
-    old, new = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
-    used, codes = race([old, new], sys.argv[4:])
-    for folder in (old, new):
-        print(f"{folder}: {used[folder]:.0f} s")
-        if codes[folder]:
-            print(f"  ended with code {codes[folder]}: see {folder}/race.txt")
-    print(f"the new one is {used[old] / used[new]:.2f} times as fast")
+    return used
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if len(sys.argv) < 5 or sys.argv[3] != "--":
+        sys.exit("error: usage is python -m dev.race OLD NEW -- SCRIPT [FLAGS]")
+    old, new = map(os.path.abspath, sys.argv[1:3])
+    used = race([old, new], sys.argv[4:])
+    print(f"{old}: {used[old]:.0f} s, {new}: {used[new]:.0f} s")
+    print(f"the new one is {used[old] / used[new]:.2f} times as fast")
