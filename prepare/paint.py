@@ -92,8 +92,6 @@ def facts(seed, index):
 
 
 # ---- Layers: where each tissue lies --------------------------------------------------------------
-
-
 def enlarge(field, n):
     """Resample a float field [h, w] smoothly to float32 [n, n]."""
     image = Image.fromarray(np.ascontiguousarray(field, np.float32))
@@ -117,7 +115,6 @@ def lattice(rng, y, x, pitch):
     centre_x = (at_col + 0.5 * (at_row % 2) + left) * pitch
     centre_y += rng.uniform(-0.1, 0.1, centre_y.shape) * pitch
     centre_x += rng.uniform(-0.1, 0.1, centre_x.shape) * pitch
-
     best = np.full_like(y, np.inf)
     for v, u in zip(centre_y.flat, centre_x.flat, strict=True):
         best = np.minimum(best, (y - v) ** 2 + (x - u) ** 2)
@@ -151,7 +148,6 @@ def arrange(rng, name, size):
     wall, core = heights(*np.meshgrid(phase, phase))
     wall_cut = np.quantile(wall, 1 - shares[0])
     core_cut = np.quantile(core[wall <= wall_cut], shares[2] / (shares[1] + shares[2]))
-
     # Bend the plane: slide whole columns along themselves, which keeps the period of each.
     m = size // 8
     y, x = np.mgrid[0:m, 0:m].astype(np.float32) * 8
@@ -159,8 +155,7 @@ def arrange(rng, name, size):
     y = y + 8 * noise(rng, m, size / 150)
     x = x + 8 * noise(rng, m, size / 150)
     if rng.random() >= 0.5:
-        y = y.T
-        x = x.T
+        y, x = y.T, x.T
     u = 2 * np.pi * (y / UNIT + rng.uniform())
     v = 2 * np.pi * (x / UNIT + rng.uniform())
     wall, core = heights(u, v)
@@ -191,27 +186,22 @@ def lay(rng, architecture, tissue, size, n):
     def soft(field, width):
         return np.clip(enlarge(field, n) / width + 0.5, 0, 1)
 
-    tumour = soft((tissue == TISSUES.index("tumour")) - 0.5, 0.3)
-    fat = soft((tissue == TISSUES.index("fat")) - 0.5, 0.3)
-    glass = soft((tissue == TISSUES.index("glass")) - 0.5, 0.3)
+    kinds = [TISSUES.index(name) for name in ("tumour", "fat", "glass")]
+    tumour, fat, glass = (soft((tissue == kind) - 0.5, 0.3) for kind in kinds)
     epithelium, lumen = arrange(rng, architecture, size)
     epithelium = soft(epithelium, 4.0) * tumour
     lumen = soft(lumen, 4.0) * tumour * (1 - epithelium)
-
     # Fill fat with empty, thin-walled cells.
     m = size // 8
     y, x = np.mgrid[0:m, 0:m].astype(np.float32) * 8
     wobble = 10 * noise(rng, m, size / 80)
     vacuole = soft(33 - lattice(rng, y + wobble, x + wobble, 78.0), 5.0) * fat
-
     empty = np.maximum(np.maximum(lumen, vacuole), glass)
     stroma = np.clip(1 - epithelium - empty, 0, 1)
     return SimpleNamespace(epithelium=epithelium, stroma=stroma, fat=fat, glass=glass, empty=empty)
 
 
 # ---- Ground: the colours under the nuclei --------------------------------------------------------
-
-
 def draw_look(rng):
     """Draw how a slide was cut, stained and scanned, whatever it shows. Colours are [3]."""
     look = SimpleNamespace()
@@ -236,7 +226,6 @@ def stained_ground(rng, layers, look, stroma, size):
     # Add noise at the scale of 10x, which hides what averaging leaves of the cells.
     fine = rng.standard_normal((2, n, n), np.float32)
     fine = fine * rng.uniform(0.05, 0.35, (2, 1, 1)).astype(np.float32)
-
     # Mix the two stains: haematoxylin and eosin taken up at each point.
     h = look.basophilia * layers.epithelium * (1 + look.mottle * grain + fine[0])
     h = h + 0.07 * layers.stroma
@@ -248,7 +237,6 @@ def stained_ground(rng, layers, look, stroma, size):
         h = h + 0.10 * layers.stroma
     h = np.maximum(h, 0)
     e = np.maximum(e, 0)
-
     # Absorb light, brighter on one side of the slide (Beer-Lambert).
     light = 1 - rng.uniform(0, 0.08) * np.linspace(-1, 1, n)[:, None] * rng.choice([-1, 1])
     ground = np.empty((n, n, 3), np.uint8)
@@ -304,7 +292,6 @@ def sprites(rng, kind, diameter, angles, blur):
     cells = draw_cells(kind, p, q, diameter * (0.92 + 0.16 * lot[:, 2]))
     layers = [cells]
     frequency = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n))
-
     # Join low frequencies of one blob with the high ones of a tumour cell, at unit rms [1]. 10x
     # holds up to 0.125 cycles a pixel, and averaging 4 x 4 pixels leaves nothing of 0.25.
     if kind in CYTOLOGIES:
@@ -313,7 +300,6 @@ def sprites(rng, kind, diameter, angles, blur):
         low = np.fft.irfft2(np.fft.rfft2(blob) * gain, (n, n))
         high = np.fft.irfft2(np.fft.rfft2(cells) * (1 - gain), (n, n))
         layers = [low, high / np.sqrt(np.mean(high**2, (1, 2), keepdims=True))]
-
     pictures = np.zeros((*cells.shape, 2), np.float32)
     blurring = np.exp(-2 * (np.pi * blur * frequency) ** 2)
     for channel, layer in enumerate(layers):
@@ -364,12 +350,10 @@ def plant_cells(rng, layers, look, truth, size):
     if truth["cytology"] != "spindle":
         angles = rng.uniform(0, 2 * np.pi, len(points))
     stamp(canvas, rng, truth["cytology"], points, angles, look)
-
     # Put fibroblasts into the stroma.
     points = scatter(rng, size, 34.0)
     points = points[(at(layers.stroma, points) > 0.6) & (rng.random(len(points)) < 0.6)]
     stamp(canvas, rng, "fibroblast", points, at(swirl, points) + 0.5, look)
-
     # Put lymphocytes there, too, in crowds.
     points = scatter(rng, size, 15.0, 0.5)
     crowd = noise(rng, n, size / 120)
@@ -381,8 +365,6 @@ def plant_cells(rng, layers, look, truth, size):
 
 
 # ---- The slide -----------------------------------------------------------------------------------
-
-
 def blend(rng, ground, cells, look, cytology):
     """Blend cells [H, W, 2] linearly into the ground, uint8 [H, W, 3] -> uint8 [H, W, 3]."""
 
@@ -419,7 +401,6 @@ def paint(rng, truth, size, tissue=None):
     ground = stained_ground(rng, layers, look, truth["stroma"], size)
     cells = plant_cells(rng, layers, look, truth, size)
     image = blend(rng, ground, cells, look, truth["cytology"])
-
     # Name each square after the layer that covers most of it.
     k = CELL * n // size
     stroma = layers.stroma * (1 - layers.fat)
@@ -439,9 +420,8 @@ def encode_svs(image):
     quality = "JPEG/RGB Q=85"
     tail = "|AppMag = 40|MPP = 0.25"
     jpeg = dict(photometric="rgb", compression="jpeg", compressionargs={"level": 85})
-    jpeg.update(metadata=None, maxworkers=1)
-    tiles = dict(tile=(256, 256))
-    strips = dict(rowsperstrip=16)
+    jpeg |= dict(metadata=None, maxworkers=1)
+    tiles, strips = dict(tile=(256, 256)), dict(rowsperstrip=16)
     file = io.BytesIO()
     with tifffile.TiffWriter(file) as tiff:
         tiff.write(image, description=f"{head} {quality}{tail}", **tiles, **jpeg)

@@ -29,16 +29,20 @@ TRAINED = ("text.", "fuse_text.", "fusion.", "fusion_norm.", "lm_dense.", "lm_no
 def draw_pairs(rng, of_slide, bags, captions):
     """Draw two captions of each magnification from up to 32 slides -> two lists of M captions.
 
-    of_slide: lists of bag numbers, a slide each.
+    of_slide: lists of bag numbers, a slide each. A pair is left out where a bag has no caption.
     """
-    pair = ([], [])
+    pairs = []
     for slide in rng.permutation(len(of_slide))[:32]:
         for level in range(4):
-            for side, i in zip(pair, rng.choice(of_slide[slide], 2), strict=True):
-                there = np.flatnonzero((data.LEVEL == level) & np.asarray(bags.valid[i]))
-                caption = captions[bags.keys[i]][rng.choice(there)] if len(there) else ""
-                side.append(caption or "")
-    return pair
+            pair = []
+            for i in rng.choice(of_slide[slide], 2):
+                said = captions[bags.keys[i]]
+                nodes = np.flatnonzero((data.LEVEL == level) & np.asarray(bags.valid[i]))
+                told = [said[node] for node in nodes if said[node]]
+                pair += [told[rng.choice(len(told))]] if told else []
+            if len(pair) == 2:
+                pairs.append(pair)
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def next_word_loss(model, text_tokens, ids):
@@ -101,6 +105,8 @@ def write_words(folder, out, steps=200, vocab=1500, size="synthetic", seed=0):
     """Learn from folder/train and write {"tokenizer": merges, "model": {name: tensor}} by torch."""
     bags = data.Bags(Path(folder) / "train")
     captions = text.Captions(bags.folder)
+    if not captions.files:
+        raise ValueError(f"{bags.folder} holds no captions: make them by prepare.captions")
     # The captions of 5,000 bags are enough for a tokenizer.
     spoken = (caption for key in bags.keys[:5000] for caption in captions[key] if caption)
     tokenizer = text.Tokenizer.train(spoken, vocab)

@@ -5,12 +5,10 @@
     python -m prepare.world DIR --masks                 # also tissue maps, for protocols.segment
     python -m prepare.world --show world.png            # only draw every pair of facts
 
-It leaves in DIR
-
-    slides/         slide-0000.svs ... and their truth (prepare/paint.py)
-    train/ test/    shards of different slides, captions and truth beside them
-    classes.json    what evaluate.py asks for: the facts, the names of their classes, templates
-    words.pt        a text tower that has read the captions (prepare/words.py)
+    DIR/slides/         slide-0000.svs ... and their truth (prepare/paint.py)
+    DIR/train/ test/    shards of different slides, captions and truth beside them
+    DIR/classes.json    what evaluate.py asks for: the facts, the names of their classes, templates
+    DIR/words.pt        a text tower that has read the captions (prepare/words.py)
 
 A caption says what is visible at the magnification of its node, with gaps and errors, as an
 automatic captioner does. Every stage skips finished files, so the same command continues.
@@ -101,8 +99,6 @@ glass: blank background | empty glass without tissue | white background
 
 
 # ---- Slides --------------------------------------------------------------------------------------
-
-
 def read_slide_truth(path):
     """Read the truth beside a slide -> facts (dict), tissue uint8 [h, w], tumour bool [h, w]."""
     with np.load(Path(path).with_suffix(".truth.npz")) as file:
@@ -129,8 +125,6 @@ def make_slides(folder, count, size=1024, workers=1):
 
 
 # ---- Captions ------------------------------------------------------------------------------------
-
-
 def pick(rng, options):
     """Draw one of the options, ten times faster than rng.choice."""
     return options[int(rng.random() * len(options))]
@@ -150,9 +144,7 @@ def say(rng, level, truth, miss=0.3, wrong=0.1):
     `diagnosis` None where the node is not mostly tumour. A fact is left out with probability
     `miss`. With probability `wrong` another of its kind is told instead.
     """
-    seen = []
-    guess = None
-    visible = ()
+    seen, guess, visible = [], None, ()
     if truth["diagnosis"] is None:
         # Always name the tissue, because there is little else to say.
         seen.append(pick(rng, WORDS[truth["tissue"]]))
@@ -186,16 +178,13 @@ def node_tissues(tissue, tumour, x, y, side):
     Returns the fractions of the TISSUES seen [85, 4] and of the tumour [85]. A node with hardly
     any tumour cell in sight, inside a large lumen say, gets 0: nobody can tell there.
     """
-    # Outside a slide is glass.
+    # Sample both maps at 64 x 64 points, 8 x 8 in the smallest node. Outside a slide is glass.
     margin = int(side // CELL) + 1
-    tissue = np.pad(tissue, margin, constant_values=TISSUES.index("glass"))
-    tumour = np.pad(tumour, margin)
-    # Sample both maps at 64 x 64 points, 8 x 8 in the smallest node.
     at = (np.arange(64) + 0.5) * side / 64
-    rows = ((y + at) // CELL).astype(int) + margin
-    cols = ((x + at) // CELL).astype(int) + margin
-    seen = tissue[np.ix_(rows, cols)][..., None] == np.arange(len(TISSUES))
-    maps = np.dstack([seen, tumour[np.ix_(rows, cols)]]).astype(float)  # [64, 64, 5]
+    points = np.ix_(*(((start + at) // CELL).astype(int) + margin for start in (y, x)))
+    tissue = np.pad(tissue, margin, constant_values=TISSUES.index("glass"))[points]
+    tumour = np.pad(tumour, margin)[points]
+    maps = np.dstack([tissue[..., None] == np.arange(len(TISSUES)), tumour]).astype(float)
     # Average the samples of each node.
     nodes = np.empty((data.NODES, maps.shape[2]))
     for level in range(4):
@@ -209,14 +198,13 @@ def node_tissues(tissue, tumour, x, y, side):
 def describe_bag(key, slide, spot, known):
     """Write captions and truth of the 85 nodes of a bag -> two lists of JSON lines.
 
-    spot: x, y and side of the bag; known: what read_slide_truth returns. A caption depends on its
-    bag's key alone.
+    spot: x, y and side of the bag; known: what read_slide_truth returns.
     """
     facts, tissue, tumour = known
     seen, inside = node_tissues(tissue, tumour, spot["x"], spot["y"], spot["side"])
+    # A caption depends on its bag's key alone.
     rng = np.random.default_rng([0, zlib.crc32(key.encode())])
-    captions = []
-    truths = []
+    captions, truths = [], []
     for node, (parts, share) in enumerate(zip(seen.tolist(), inside.tolist(), strict=True)):
         truth = {**facts, "tissue": "tumour", "fat": parts[TISSUES.index("fat")]}
         # A mixed field has no diagnosis: it is only called an edge.
@@ -239,26 +227,19 @@ def describe(folder, slides):
     """
     bags = data.Bags(folder)
     for number, shard in enumerate(tqdm(bags.shards, desc="captions", unit="shard")):
-        captions_path = shard.with_suffix(".captions.jsonl")
-        truth_path = shard.with_suffix(".truth.jsonl")
-        if captions_path.exists() and truth_path.exists():
+        paths = (shard.with_suffix(".captions.jsonl"), shard.with_suffix(".truth.jsonl"))
+        if all(path.exists() for path in paths):
             continue
-        captions = []
-        truths = []
         # All bags of a shard come from one slide.
         inside = np.flatnonzero(bags.shard_of == number)
-        known = read_slide_truth(Path(slides) / bags.slides[inside[0]])
-        for i in inside:
-            found = describe_bag(bags.keys[i], bags.slides[i], bags.meta[i], known)
-            captions += found[0]
-            truths += found[1]
-        data.write_whole(truth_path, "\n".join([*truths, ""]))
-        data.write_whole(captions_path, "\n".join([*captions, ""]))
+        slide = bags.slides[inside[0]]
+        known = read_slide_truth(Path(slides) / slide)
+        found = [describe_bag(bags.keys[i], slide, bags.meta[i], known) for i in inside]
+        for path, parts in zip(paths, zip(*found, strict=True), strict=True):
+            data.write_whole(path, "\n".join([*sum(parts, []), ""]))
 
 
 # ---- The folder ----------------------------------------------------------------------------------
-
-
 def make_world(folder, train=300, test=60, size=1024, patch_px=64, words=200):
     """Make the whole world in a folder; what is finished is skipped.
 
@@ -304,14 +285,14 @@ def write_masks(folder):
     print(f"{len(lines) - 1} masks: {folder}/masks.csv and tissue.json")
 
 
-def draw_facts(path, seed=0):
+def draw_facts(path):
     """Draw a region of each architecture (rows) and cytology (columns), and on the right a cell."""
     blank = np.zeros((1024 // CELL, 1024 // CELL), np.uint8)
     picture = Image.new("RGB", (8 * 256, 5 * 256))
     for index in range(20):
         row, column = divmod(index, 4)
-        rng = np.random.default_rng([seed, index, 2])
-        image, _, _ = paint.paint(rng, paint.facts(seed, index), 1024, blank)
+        rng = np.random.default_rng([0, index, 2])
+        image, _, _ = paint.paint(rng, paint.facts(0, index), 1024, blank)
         region = Image.fromarray(image[256:768, 256:768])
         cells = region.crop((192, 192, 320, 320)).resize((256, 256), Image.BICUBIC)
         picture.paste(region.resize((256, 256), Image.BOX), (256 * column, 256 * row))

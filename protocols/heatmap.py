@@ -74,8 +74,6 @@ def save(image, path):
 
 
 # ---- Maps of scores -----------------------------------------------------------------------------
-
-
 def lay_nodes(parents, values, level, empty):
     """Lay the nodes of a level on one grid -> ([h, w], (x, y, side in pixels) of its first cell).
 
@@ -121,8 +119,6 @@ def draw_heatmap(slide, parents, panels, width=300):
 
 
 # ---- Outlines -----------------------------------------------------------------------------------
-
-
 def trace(region):
     """Trace the border of a 4-connected set of cells (x, y) -> closed rings [(x, y)] of corners.
 

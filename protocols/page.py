@@ -53,9 +53,8 @@ figure { margin: 1.2em 0 } figcaption { color: #444 }
 img { max-width: 100%; border: 1px solid #eee }
 """
 
+
 # ---- Pictures -----------------------------------------------------------------------------------
-
-
 def draw_levels(results):
     """Draw F1 at each magnification from zero-shot results -> PIL image, or None without any."""
     table = {}
@@ -114,8 +113,6 @@ def draw_run(run, folder, most=300):
 
 
 # ---- The page -----------------------------------------------------------------------------------
-
-
 def find_rows(found, path=()):
     """Walk nested results -> yields (names on the way, {column: scores}).
 

@@ -40,8 +40,6 @@ SHOWN_J = 10  # the heatmap shows the merged class of the ten best patches
 
 
 # ---- Scores of a slide: s [P, N, C] are cosines, NaN where there is no tissue -------------------
-
-
 def label_nodes(s, level, share=0.1):
     """Choose the class to outline at each node -> int [P, N], -1 for none.
 
@@ -101,8 +99,6 @@ def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
 
 
 # ---- Slide files --------------------------------------------------------------------------------
-
-
 def ask_slide(peer, path, mpp, vectors, names, args, out):
     """Ask one slide, draw its heatmap and outlines -> its record in slides.json or places.json."""
     level = MAG_NAMES.index(args.level)
@@ -184,8 +180,6 @@ def ask_slides(peer, names, vectors, about, args, out):
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
-
 def parse(argv=None):
     """Parse and check the command line -> namespace."""
     form = argparse.RawDescriptionHelpFormatter

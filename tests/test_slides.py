@@ -258,13 +258,19 @@ def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(mil, "fit_mil", partial(mil.fit_mil, epochs=1))
     shutil.copytree(world / "train", tmp_path / "bags")
     names = sorted(set(data.Bags(tmp_path / "bags").slides))
-    rows = [f"{name},{'ab'[i % 2]},p{i // 2}\n" for i, name in enumerate(names)]
+    # Names may lack their suffix; what matches nothing is told.
+    rows = [f"{name[:-4]},{'ab'[i % 2]},p{i // 2}\n" for i, name in enumerate(names)]
+    rows.append("none.svs,a,p\n")
     (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(rows))
     (tmp_path / "ab.json").write_text('{"a": ["stroma only"], "b": "fat", "c": "cells"}')
     argv = [run, "--data", tmp_path / "bags", "--labels", tmp_path / "labels.csv"]
     argv += ["--classes", tmp_path / "ab.json", "--folds", 3, "--out", tmp_path / "out"]
     command(monkeypatch, *argv)
+    said = capsys.readouterr().out
+    assert "slides of --labels that are not in" in said and "bags, 1: none\n" in said
+    assert "that no label names: 1: c\n" in said and "without a label" not in said
     found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["about"]["mil"]["order"] == "--classes"
     pooled, learned = found["slides"]["bags"], found["mil"]["bags"]
     assert set(pooled) == {"best 1", "best 5", "best 10", "best 50", "best 100"}
     assert pooled["best 1"]["merged"]["n"] == learned["20x"]["n"] == len(names)
@@ -279,7 +285,9 @@ def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch, capsys
     # Test slides alone are dealt to folds, and the results say so.
     argv[2] = tmp_path / "alone"
     shutil.copytree(tmp_path / "bags", tmp_path / "alone/test")
+    (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(rows[1:]))
     command(monkeypatch, *argv)
+    assert f"slides without a label, 1: {names[0]}\n" in capsys.readouterr().out
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert found["about"]["mil"]["split"] == "3 folds by patient"
 
@@ -312,7 +320,7 @@ def test_bad_input_is_one_sentence(run, world, tmp_path, monkeypatch):
         ("random", path, "--text", "fat"): "random reads no text",
         (run, tmp_path / "none.svs", "--text", "fat"): "none.svs is no slide",
         (*shards, tmp_path / "other.csv"): "--labels names none of the slides",
-        (*shards, tmp_path / "empty.csv"): "empty.csv is no table of slide,label",
+        (*shards, tmp_path / "empty.csv"): "empty.csv has no column label: its first line has slide",
         (*shards, tmp_path / "other.csv", "--text", "fat"): "not in shards",
     }
     for argv, message in wrong.items():

@@ -3,6 +3,7 @@
 pytest tests/test_words.py
 """
 
+import shutil
 import types
 
 import numpy as np
@@ -128,11 +129,29 @@ def test_a_step_descends_on_the_loss_by_hand(reading):
             assert torch.allclose(found, expected[clear], atol=1e-5), name
 
 
+def test_nodes_without_a_caption_are_never_drawn(reading):
+    bags, captions, _ = reading
+    few = {key: [said[0], *[None] * 40, *said[41:]] for key, said in captions.items()}
+    few["3-00"] = few["3-01"] = [None] * 85
+    of_slide = [[2 * i, 2 * i + 1] for i in range(8)]
+    first, second = words.draw_pairs(np.random.default_rng(0), of_slide, bags, few)
+    # Seven slides have captions, at 5x and at 40x.
+    assert len(first) == len(second) == 7 * 2 and all(first + second)
+
+
 def test_one_slide_is_not_enough(reading):
     bags, captions, tokenizer = reading
     alone = types.SimpleNamespace(slides=["0"] * 2, keys=bags.keys[:2], valid=bags.valid[:2])
     with pytest.raises(ValueError, match="at least 2 slides"):
         words.learn(make_model(tokenizer), alone, captions, tokenizer, steps=1)
+
+
+def test_shards_without_captions_are_one_sentence(world, tmp_path):
+    shutil.copytree(
+        world / "train", tmp_path / "train", ignore=shutil.ignore_patterns("*.captions*")
+    )
+    with pytest.raises(ValueError, match="train holds no captions: make them"):
+        words.write_words(tmp_path, tmp_path / "words.pt", steps=1)
 
 
 def test_the_file_fits_a_new_model(world, tmp_path):
