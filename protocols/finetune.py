@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from protocols import labelled, metrics, peers
+from protocols import embed, labelled, metrics, peers
 
 PATIENCE = 6  # epochs without a better validation before training stops
 
@@ -83,7 +83,7 @@ def predict(both, tiles, rows):
 def fine_tune(vision, tiles, y, C, train, val, epochs=30, lr=1e-3, seed=0, batch=32):
     """Train a copy of a tower and a linear head -> ([tower, head], number of the best epoch).
 
-    tiles: labelled.Tiles; y [R]: classes; train, val: row numbers of different patients. AdamW, one
+    tiles: embed.Tiles; y [R]: classes; train, val: row numbers of different patients. AdamW, one
     epoch of warm-up, then a cosine. The best epoch has the best balanced accuracy on val.
     """
     torch.manual_seed(seed)
@@ -175,21 +175,23 @@ def main():
     if args.epochs < 1 or args.folds < 2:
         raise ValueError("--epochs needs 1 or more, --folds 2 or more")
     found = labelled.read_pictures(args.data, args.train, args.group)
-    classes = sorted(set(found.labels or ()))
+    classes, order = labelled.order_classes(found.labels or ())
     if len(classes) < 2:
         raise ValueError(f"{args.data} has {len(classes)} classes: fine-tuning tells two or more")
     peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
     out = labelled.results_folder(args, peer, found)
-    split = labelled.describe_split(found)
+    split = labelled.describe_split(found, args.folds)
 
     # Read the pictures anew in each epoch: they may not fit into memory.
     y = found.numbers(classes)
-    tiles = labelled.Tiles(found.files, peer.model.vision.size)
+    tiles = embed.Tiles(found.files, peer.model.vision.size)
     parts = (y, len(classes), found.who(), found.split, args.folds, args.seed)
     row, epochs = tune(peer.model.vision, tiles, *parts, epochs=args.epochs, lr=args.lr)
-    about = labelled.about_pictures(peer, found) | {"n": row["n"], "classes": classes}
+    about = labelled.about_pictures(peer, found) | {"n": row["n"], "lr": args.lr, "seed": args.seed}
     about |= {"split": f"{split}; a fifth of the training groups to stop by", "epochs": epochs}
-    about |= {"lr": args.lr, "seed": args.seed, "left_out": len(found) - row["n"]}
+    about |= {"left_out": len(found) - row["n"], "classes": classes, "order": order}
+    folds = metrics.splits(y, *parts[2:])
+    about["unlearned"] = metrics.find_unlearned(folds, np.eye(len(classes))[y] > 0, classes)
     evaluate.save_results(out, "finetune", {found.name: {"whole": row}}, about)
     title = f"Fine-tuned on {found.name}, {split}, best epochs {epochs}"
     labelled.print_rows(title, {"whole": row})

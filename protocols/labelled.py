@@ -1,40 +1,33 @@
-"""Read labelled pictures, the names of their classes, their tiles and features.
+"""Read labelled pictures, and the names of their classes.
 
 Labelled pictures are a folder of class folders, or of train/, val/ and test/ with class folders in
 them, or a CSV with a column `file` (relative to the table) and any of label, caption, mask, split
-and patient, slide or cluster. Rows of a patient, slide or cluster stay on one side of a split:
-patches of a patient on both sides make every number look better than it is.
-
-Shape letters: R pictures, L magnifications (1 without mpp), T tiles, S pixels a side of a tile,
-D width of a feature.
+and patient, slide or cluster. Rows of a patient, slide or cluster stay on one side of a split, and
+so do copies of a file where no column says more: on both sides they make every number look better.
+Shape letter: R pictures.
 """
 
 import csv
 import hashlib
 import json
-import os
-import sys
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import data
 import evaluate
 from protocols import peers
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"test": "test", "testing": "test"}
 GROUPS = ("patient", "slide", "cluster")
+KINDS = ("file", "label", "caption", "mask")
 PROMPTS = Path(__file__).with_name("prompts.json")
 
+
 # ---- Folders and tables -------------------------------------------------------------------------
-
-
 def digest(told):
     """Hash what JSON can say to 12 digits."""
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
@@ -48,14 +41,14 @@ class Pictures:
     """
 
     def __init__(self, name, by, rows):
-        self.name = name
-        self.rows = rows
+        self.name, self.rows = name, rows
         # Keep a column only if it is complete.
-        for kind in ("file", "label", "caption", "mask", "group"):
+        for kind in (*KINDS, "group"):
             column = [row.get(kind) for row in rows]
             setattr(self, f"{kind}s", column if all(column) else None)
         self.by = by if self.groups else None
         self.split = np.array([row.get("split", "") for row in rows])
+        self.originals = np.array([row.get("original", i) for i, row in enumerate(rows)])
         # The hash names the data in results; the stamp tells whether kept features are of them.
         stats = [path.stat() for path in self.files]
         told = [[p.name, s.st_size] for p, s in zip(self.files, stats, strict=True)]
@@ -71,13 +64,21 @@ class Pictures:
         return np.array([list(classes).index(label) for label in self.labels])
 
     def who(self):
-        """Return the groups that a bootstrap draws [R]: without groups, each row is its own."""
-        return np.array(self.groups) if self.groups else np.arange(len(self))
+        """Return the groups that a bootstrap draws [R]: without groups, copies are one."""
+        return np.array(self.groups) if self.groups else self.originals
 
     def held_out(self):
         """Mark the test rows, or all where there are none: bool [R]."""
         test = self.split == "test"
         return test if test.any() else ~test
+
+    def copies(self):
+        """Count the rows to test whose file has a copy among those to learn from."""
+        test = self.held_out()
+        # Without a split, each group is once on the other side.
+        sides = self.who() if test.all() else test
+        often = Counter(i for i, _ in {*zip(self.originals.tolist(), sides.tolist(), strict=True)})
+        return sum(often[i] > 1 for i in self.originals[test].tolist())
 
 
 def read_pictures(path, train=None, group=None):
@@ -88,13 +89,41 @@ def read_pictures(path, train=None, group=None):
     """
     path = Path(path).resolve()
     name = path.parent.name if path.name == "index.csv" else path.name.removesuffix(".csv")
-    rows, by = read_table(path, group) if path.is_file() else (read_folders(path), None)
+    rows, by = read_rows(path, group)
     if train:
-        others = read_pictures(train, group=group).rows
-        if {row["file"] for row in rows} & {row["file"] for row in others}:
-            raise ValueError(f"{train} and {path} share pictures: learn from others than you test")
+        others, _ = read_rows(Path(train).resolve(), group)
         rows = [row | {"split": "train"} for row in others] + [r | {"split": "test"} for r in rows]
-    return Pictures(name, by, rows)
+    mark_copies(rows)
+    found = Pictures(name, by, rows)
+    if found.copies() == found.held_out().sum():
+        raise ValueError(f"all test pictures of {path} are also learned from: give others to test")
+    return found
+
+
+def read_rows(path, group):
+    """Read a folder or a CSV -> (rows, the column of groups or None)."""
+    return read_table(path, group) if path.is_file() else (read_folders(path), None)
+
+
+def mark_copies(rows):
+    """Give rows the number of the first row whose file has the same bytes, as "original"."""
+    # Most files differ in size, and most others in 4 KB from their middle: few are read whole.
+    keys = [(row["file"].stat().st_size or -i,) for i, row in enumerate(rows, 1)]
+    for most in (4096, -1):
+        often = Counter(keys)
+        for i, row in enumerate(rows):
+            if often[keys[i]] > 1:
+                with open(row["file"], "rb") as file:
+                    file.seek(keys[i][0] // 2 if most > 0 else 0)
+                    keys[i] += (hashlib.sha256(file.read(most)).digest(),)
+    first = {}
+    for i, row in enumerate(rows):
+        row["original"] = first.setdefault(keys[i], i)
+        other = rows[row["original"]]
+        labels = {row.get("label"), other.get("label")} - {None}
+        if len(labels) > 1:
+            two = f"{other['file']} and {row['file']} are one picture"
+            raise ValueError(f"{two} with the labels {', '.join(sorted(labels))}: keep one")
 
 
 def read_folders(path):
@@ -102,43 +131,74 @@ def read_folders(path):
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: give a folder of class folders or a CSV")
     rows = []
-    # Folders named train, val and test hold class folders; all others are classes.
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    parted = all(folder.name.lower() in SPLITS for folder in folders)
-    for folder in folders:
-        if parted:
-            split = {"split": SPLITS[folder.name.lower()]}
-            rows += [row | split for row in read_folders(folder)]
+    left_out = []
+    entries = [p for p in sorted(path.iterdir()) if p.is_dir() or p.suffix.lower() in ENDINGS]
+    # Beside train/ and test/ no folder is a class.
+    splits = {p: SPLITS.get(p.name.lower()) for p in entries if p.is_dir()}
+    parted = {"train", "test"} & set(splits.values())
+    for entry in entries:
+        if parted and splits.get(entry):
+            found = [row | {"split": splits[entry]} for row in read_folders(entry)]
         else:
-            files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in ENDINGS]
-            rows += [{"file": p, "label": folder.name} for p in files]
+            files = [] if parted else sorted(entry.rglob("*"))
+            found = [{"file": p, "label": entry.name} for p in files if is_picture(p, path)]
+        rows += found
+        if not found:
+            left_out.append(entry.name)
     if not rows:
         raise ValueError(f"{path} holds no pictures in class folders: give one that does, or a CSV")
+    if left_out:
+        print(f"{path}: left out {few(left_out)}")
     return rows
 
 
-def read_table(path, group=None):
-    """Read a CSV -> (rows, the column of groups or None)."""
-    # Read all lines first, with the numbers that an editor shows.
+def is_picture(path, folder):
+    """Tell a picture from other files, and from what hidden folders and archives of macOS hold."""
+    junk = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in ENDINGS and not junk
+
+
+def few(names):
+    """Count names and list the first five -> "7: a, b, c, d, e, ..."."""
+    shown = [*names[:5], *["..."] * (len(names) > 5)]
+    return f"{len(names)}: {', '.join(shown)}"
+
+
+def read_csv(path, needed):
+    """Read a CSV with the headings `needed` -> [(number of the line, {column: cell})]."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restval="")
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
             lines = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path} is no table in UTF-8 ({e}): save it as CSV") from None
-    # Find the columns.
-    head = reader.fieldnames
-    by = group.lower() if group else next((name for name in GROUPS if name in head), None)
-    for name in ("file", by or "file"):
-        if name not in head:
-            raise ValueError(f"{path} has no column {name}: its first line has {', '.join(head)}")
-    # A column that is there must be filled in, except for the split; files must exist.
-    rows = []
+    for name in needed:
+        if name not in reader.fieldnames:
+            first = ", ".join(reader.fieldnames)
+            raise ValueError(f"{path} has no column {name}: its first line has {first}")
+    if not lines:
+        raise ValueError(f"{path} has no rows below its headings: add some")
     for number, line in lines:
-        row = {kind: (line[kind] or "").strip() for kind in {*head, by} - {None}}
-        for kind in {"file", "label", "caption", "mask", by} & row.keys():
-            if not row[kind]:
+        # A comma without quotes moves all cells after it.
+        if None in line:
+            raise ValueError(f"{path}:{number}: more cells than headings: put commas in quotes")
+    return [(number, {k: cell.strip() for k, cell in line.items()}) for number, line in lines]
+
+
+def read_table(path, group=None):
+    """Read a CSV of pictures -> (rows, the column of groups or None)."""
+    lines = read_csv(path, ("file", group.lower()) if group else ("file",))
+    head = lines[0][1].keys()
+    by = group.lower() if group else next((name for name in GROUPS if name in head), None)
+    others = [name for name in head if name not in (*KINDS, "split")]
+    if others and not by:
+        print(f"{path}: the columns {', '.join(others)} are not read; --group can split by one")
+    rows = []
+    for number, row in lines:
+        # A column that is there must be filled in, except for the split; files must exist.
+        for kind in (*KINDS, by):
+            if not row.get(kind, "there"):
                 raise ValueError(f"{path}:{number}: no {kind}: fill it in or delete the line")
         for kind in {"file", "mask"} & row.keys():
             row[kind] = path.parent / row[kind]
@@ -148,180 +208,107 @@ def read_table(path, group=None):
         if said and said.lower() not in SPLITS:
             raise ValueError(f"{path}:{number}: the split {said} is none of train, val, test")
         rows.append(row | {"group": row.get(by), "split": SPLITS.get(said.lower(), "")})
-    if not rows:
-        raise ValueError(f"{path} has no rows below its headings: add some")
     return rows, by
+
+
+def find_data_set(labels):
+    """Find the smallest data set of prompts.json that has all labels -> its name and classes."""
+    wanted = {label.lower() for label in labels}
+    fitting = []
+    for name, classes in data.read_classes(PROMPTS)["facts"].items():
+        # Numbers as labels belong to several data sets and do not say what they mean.
+        fits = wanted <= {label.lower() for label in classes}
+        if fits and not all(map(str.isdigit, wanted)):
+            fitting.append((len(classes), name, classes))
+    return min(fitting, default=(0, None, None))[1:]
+
+
+def order_classes(labels, prompts=None):
+    """Put labels in order -> (list, whose order it is).
+
+    It is that of prompts {label: names} or of prompts.json, else of numbers, else the alphabet's.
+    """
+    labels = sorted(set(labels))
+    if len({label.lower() for label in labels}) < len(labels):
+        raise ValueError(f"two of the labels {' '.join(labels)} differ in case only: make them one")
+    name, names = ("--classes", prompts) if prompts else find_data_set(labels)
+    if names:
+        place = [label.lower() for label in names]
+        return sorted(labels, key=lambda label: place.index(label.lower())), name
+    try:
+        return sorted(labels, key=float), "numbers"
+    except ValueError:
+        return labels, "alphabet"
 
 
 def read_prompts(source, labels=()):
     """Find the names of classes -> ({label: [names]}, templates).
 
-    source: a data set of prompts.json, a JSON file {label: [names]}, or None: the smallest data set
-    that has all `labels`. Upper and lower case are one; labels come out spelled as in `labels`.
+    source: a data set of prompts.json, a JSON file {label: [names]}, a classes.json with one fact,
+    or None: the smallest data set that has all `labels`. Upper and lower case are one; labels come
+    out spelled as in `labels`.
     """
-    known = json.loads(PROMPTS.read_text(encoding="utf-8"))
-    spelled = {label.lower(): label for label in labels}
-    if len(spelled) < len(set(labels)):
-        raise ValueError(f"two of the labels {' '.join(sorted(labels))} differ in case only")
     if source is None:
-        # Numbers as labels belong to several data sets and do not say what they mean.
-        fitting = []
-        for name, classes in known["facts"].items():
-            if spelled.keys() <= {label.lower() for label in classes}:
-                fitting.append(name)
-        if not fitting or all(label.isdigit() for label in labels):
+        source, _ = find_data_set(labels)
+        if not source:
             listed = " ".join(sorted(labels)[:6])
             raise ValueError(f"prompts.json has no names for {listed}: give --classes NAME or JSON")
-        source = min(fitting, key=lambda name: len(known["facts"][name]))
         print(f"the labels are taken for those of {source}; if they are others, give --classes")
+    known = data.read_classes(PROMPTS)
+    facts = known["facts"]
     try:
-        classes = known["facts"].get(str(source)) or json.loads(Path(source).read_text("utf-8"))
+        classes = facts.get(str(source)) or json.loads(Path(source).read_text("utf-8"))
+        # A classes.json, as it lies beside shards, holds the classes of each fact.
+        if isinstance(classes.get("facts"), dict):
+            known = classes
+            if len(classes["facts"]) != 1:
+                raise ValueError(f"it has the facts {', '.join(classes['facts'])}: keep one")
+            (classes,) = classes["facts"].values()
         # One name may stand without brackets.
         classes = {k: [x] if isinstance(x, str) else list(x) for k, x in classes.items()}
         if not classes or not all(x and all(map(str.strip, x)) for x in classes.values()):
             raise ValueError("a class has no name")
-    except (OSError, ValueError, AttributeError, TypeError) as e:
+        templates = known["templates"]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
         form = f"neither a JSON file {{label: [names]}} ({e}) nor one of"
-        raise ValueError(f"--classes {source} is {form} {' '.join(known['facts'])}") from None
+        raise ValueError(f"--classes {source} is {form} {' '.join(facts)}") from None
+    spelled = {label.lower(): label for label in labels}
     classes = {spelled.get(label.lower(), label): names for label, names in classes.items()}
     for label in labels:
         if label not in classes:
             raise ValueError(f"the class {label} has no names in {source}: add them")
-    return classes, known["templates"]
-
-
-# ---- Pixels and features ------------------------------------------------------------------------
-
-
-def at_magnification(image, mpp, mag, S):
-    """Resample a PIL image of `mpp` um per pixel -> tiles uint8 [T, S, S, 3], whole and centred.
-
-    A side shorter than S is continued by its mirror image: it keeps its scale and gets no edge.
-    """
-    size = [max(1, round(n * mpp / data.mpp_of(mag))) for n in image.size]
-    a = np.asarray(image.resize(size, Image.BICUBIC))
-    # Continue what is too small.
-    lack = [max(0, S - n) for n in a.shape[:2]]
-    a = np.pad(a, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="symmetric")
-    # Cut as many whole squares as fit.
-    rows, cols = (n // S for n in a.shape[:2])
-    top, left = (n % S // 2 for n in a.shape[:2])
-    a = a[top : top + rows * S, left : left + cols * S]
-    return a.reshape(rows, S, cols, S, 3).swapaxes(1, 2).reshape(-1, S, S, 3)
-
-
-def read_square(path, S):
-    """Read the largest centred square of a picture, resampled -> uint8 [3, S, S]."""
-    image = data.read_image(path)
-    side = min(image.size)
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side)).resize((S, S), Image.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-
-class Tiles(Dataset):
-    """Read pictures -> (tiles uint8 [T, 3, S, S], magnification's number [T]), or why not (str).
-
-    Without mpp the one tile is the centred square; with it tiles come at four magnifications.
-    """
-
-    def __init__(self, files, S, mpp=None):
-        self.files = files
-        self.S = S
-        self.mpp = mpp
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            if not self.mpp:
-                return read_square(self.files[i], self.S)[None], torch.zeros(1, dtype=torch.long)
-            image = data.read_image(self.files[i])
-        except ValueError as e:
-            return str(e)
-        parts = [at_magnification(image, self.mpp, mag, self.S) for mag in data.MAGS]
-        level = np.repeat(np.arange(4), [len(part) for part in parts])
-        tiles = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
-        return tiles, torch.from_numpy(level)
-
-
-def embed_files(peer, files, mpp=None, w=None):
-    """Embed pictures -> dict of arrays [readable, L, D] as of evaluate.embed_images, w too.
-
-    The tiles of a magnification are averaged. "ok" bool [R]: the pictures that can be read.
-    """
-    device = next(peer.model.parameters()).device.type
-    workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
-    tiles = Tiles(files, peer.model.vision.size, mpp)
-    # With magnifications a picture has hundreds of tiles: read few at once.
-    loader = DataLoader(tiles, 4 if mpp else 128, collate_fn=list, num_workers=workers)
-    ok = []
-    rows = {}
-    for batch in tqdm(loader, "pictures", leave=False, disable=None):
-        # Name the pictures that cannot be read, and go on with the others.
-        ok += [not isinstance(item, str) for item in batch]
-        for item in batch:
-            if isinstance(item, str):
-                tqdm.write(f"left out: {item}", file=sys.stderr)
-        batch = [item for item in batch if not isinstance(item, str)]
-        if not batch:
-            continue
-        images = torch.cat([tiles for tiles, _ in batch]).float() / 255
-        for name, x in evaluate.embed_images(peer.model, images, w, peer.k_o).items():
-            # Average each picture's tiles by magnification.
-            parts = x.split([len(tiles) for tiles, _ in batch])
-            for (_, level), part in zip(batch, parts, strict=True):
-                means = [part[level == k].mean(0) for k in range(4 if mpp else 1)]
-                rows.setdefault(name, []).append(torch.stack(means).numpy())
-    return {name: np.stack(x) for name, x in rows.items()} | {"ok": np.array(ok)}
-
-
-def embed_pictures(peer, pictures, folder, mpp=None, guided=False, at_once=2000):
-    """Run `embed_files` in pieces that stay in folder/features, so that it can be interrupted.
-
-    The name of a piece tells weights, files, magnifications and keywords: others are not read.
-    """
-    w = evaluate.embed_texts(peer.model, peer.tokenizer, list(peer.keywords)) if guided else None
-    guide = [list(peer.keywords), peer.k_o] if guided else []
-    key = digest([peer.fingerprint, pictures.stamp, mpp, guide])
-    pieces = []
-    for start in range(0, len(pictures), at_once):
-        path = Path(folder) / "features" / f"{key}-{start:07d}.npz"
-        if not path.exists():
-            found = embed_files(peer, pictures.files[start : start + at_once], mpp, w)
-            data.write_whole(path, partial(np.savez, **found))
-        with np.load(path) as stored:
-            pieces.append(dict(stored))
-    # A piece without a readable picture has no features.
-    found = {}
-    for name in set().union(*pieces):
-        found[name] = np.concatenate([piece[name] for piece in pieces if name in piece])
-    if not found["ok"].any():
-        raise ValueError(f"no picture of {pictures.name} can be read: see above")
-    return found
+    others = [label for label in classes if label not in labels]
+    if labels and others:
+        print(f"classes of {source} that no label names: {few(others)}")
+    return classes, templates
 
 
 # ---- Shared by the commands that read labelled pictures -----------------------------------------
-
-
-def describe_split(pictures):
+def describe_split(pictures, folds):
     """Put the split in words, and say on the screen what it cannot keep apart."""
-    test = pictures.held_out()
-    both = set(pictures.who()[test]) & set(pictures.who()[~test])
+    test, who = pictures.held_out(), pictures.who()
+    if folds < 2:
+        raise ValueError(f"--folds {folds} is too few: give 2 or more")
+    if pictures.copies():
+        share = f"{pictures.copies()} of {test.sum()} test pictures"
+        print(f"{share} have copies among those to learn from: numbers will flatter")
     if not pictures.groups:
         remedy = f"give a column {', '.join(GROUPS)}, or --group"
         print(f"{pictures.name} has no groups: a patient may be on both sides of a split; {remedy}")
-    elif both:
+    elif both := set(who[test]) & set(who[~test]):
         print(f"{len(both)} groups ({pictures.by}) are in training and test: numbers will flatter")
-    return f"folds by {pictures.by or 'row'}" if test.all() else "the source's own"
+    if test.all():
+        return f"{min(folds, len(set(who)))} folds by {pictures.by or 'row'}"
+    if unused := int((pictures.split == "").sum()):
+        print(f"{unused} rows of {pictures.name} have no split: nothing is learned from them")
+    return "the source's own"
 
 
 def about_pictures(peer, pictures):
     """Say what results are about -> dict, for evaluate.save_results."""
     told = {"model": peer.name, "fingerprint": peer.fingerprint, "data": pictures.name}
-    return told | {"data_hash": pictures.hash, "groups": pictures.by or "none: each row its own"}
+    told |= {"data_hash": pictures.hash, "groups": pictures.by or "none: each row its own"}
+    return told | {"copies": pictures.copies()}
 
 
 def print_rows(title, rows, columns=("f1", "balanced", "auroc")):

@@ -51,6 +51,18 @@ def splits(y, groups=None, split=(), k=5, seed=0):
     return pairs
 
 
+def find_unlearned(pairs, holds, names):
+    """Name the classes that are tested where none of their rows was learned -> list of names.
+
+    pairs: (train, test) as of `splits`; holds bool [R, C]: which row is of, or has, which class.
+    """
+    lost = [holds[test].any(0) & ~holds[train].any(0) for train, test in pairs]
+    found = np.array(names)[np.any(lost, 0)].tolist()
+    if found:
+        print(f"too few patients or rows to learn wherever they are tested: {', '.join(found)}")
+    return found
+
+
 # ---- Scores -------------------------------------------------------------------------------------
 def auroc(y, probability, weight=None):
     """Average the AUROC over all ordered pairs of classes [1]: y [R], probability [R, C] -> float.

@@ -3,10 +3,9 @@
     python -m protocols.pictures MODEL --data CRC-VAL-HE-7K --train NCT-CRC-HE-100K
     python -m protocols.pictures MODEL --data index.csv --levels --mpp 0.5 --group patient
 
-MODEL as in protocols/peers.py, --data as in protocols/labelled.py.
-
---levels resamples each picture to 5x, 10x, 20x and 40x, averages the features of the tiles of a
-magnification, and merges the four zero-shot scores. Results: OUT/results.json and OUT/features.
+MODEL as in protocols/peers.py, --data as in protocols/labelled.py. --levels resamples each picture
+to 5x, 10x, 20x and 40x, averages the features of the tiles of a magnification, and merges the four
+zero-shot scores. Results: OUT/results.json and OUT/features.
 
 Shape letters: R pictures, L magnifications (1 without --levels), C classes, D width of a feature.
 
@@ -21,8 +20,9 @@ import torch
 
 import data
 import evaluate
-from protocols import labelled, metrics, peers
+from protocols import embed, labelled, metrics, peers
 
+SHOTS = (1, 2, 4, 8, 16)
 FEATURES = {"backbone": "backbone", "projected": "image_embedding", "text_guided": "text_guided"}
 
 # ---- Protocols ----------------------------------------------------------------------------------
@@ -35,9 +35,7 @@ def zeroshot(peer, pictures, x, mags, mpp, classes, templates):
     Merged are the magnifications that the pictures have, not those that were merely enlarged,
     centred on the training rows, or on the rows themselves where there are none.
     """
-    y = pictures.numbers(classes)
-    who = pictures.who()
-    use = pictures.held_out()
+    y, who, use = pictures.numbers(classes), pictures.who(), pictures.held_out()
     centre = use if use.all() else ~use
     scale = float(peer.model.itc_scale.detach().exp())
     found = {}
@@ -48,9 +46,8 @@ def zeroshot(peer, pictures, x, mags, mpp, classes, templates):
         cosine = x @ vectors.numpy().T  # [R, L, C]
         columns = {mag: cosine[use, k] for k, mag in enumerate(mags)}
         if mpp:
-            there = [mpp < 1.2 * data.mpp_of(mag) for mag in data.MAGS]
-            merged = evaluate.merged_scores(cosine[use][:, there], cosine[centre][:, there])
-            columns["merged"] = merged
+            there = cosine[:, [mpp < 1.2 * data.mpp_of(mag) for mag in data.MAGS]]
+            columns["merged"] = evaluate.merged_scores(there[use], there[centre])
         rows = {}
         for mag, s in columns.items():
             p = torch.from_numpy(scale * s).double().softmax(1).numpy()
@@ -70,13 +67,13 @@ def prototypes(x0, y0, x1, C):
     return (2 * unit[1] @ means.T - np.square(means).sum(1)).argmax(1)
 
 
-def few_shot(x, y, C, train, test, shots=(1, 2, 4, 8, 16), draws=10):
+def few_shot(x, y, C, train, test, draws=10):
     """Learn prototypes of k rows a class -> {k: mean balanced accuracy of the draws, its interval}.
 
     Numbers k that a class of the training rows has not are left out.
     """
     found = {}
-    for k in shots:
+    for k in SHOTS:
         if np.bincount(y[train], minlength=C).min() < k:
             break
         told = []
@@ -90,15 +87,20 @@ def few_shot(x, y, C, train, test, shots=(1, 2, 4, 8, 16), draws=10):
     return found
 
 
-def probe(pictures, found, features, mags, folds):
-    """Learn from labels -> (linear probe [1], few-shot), each {feature: {magnification: ...}}."""
-    classes = sorted(set(pictures.labels))
-    y = pictures.numbers(classes)
-    who = pictures.who()
-    C = len(classes)
-    train, test = metrics.splits(y, who, pictures.split, folds)[0]
-    rows = {}
-    few = {}
+def probe(pictures, classes, found, features, mags, folds):
+    """Learn from labels -> (linear probe [1], few-shot, names of the classes that suffered).
+
+    Both are {feature: {magnification: ...}}; metrics.find_unlearned says which classes suffer.
+    """
+    y, who, C = pictures.numbers(classes), pictures.who(), len(classes)
+    pairs = metrics.splits(y, who, pictures.split, folds)
+    unlearned = metrics.find_unlearned(pairs, np.eye(C, dtype=bool)[y], classes)
+    train, test = pairs[0]
+    count = np.bincount(y[train], minlength=C)
+    if count.min() < SHOTS[-1]:
+        least = f"{classes[count.argmin()]} has {count.min()} rows to learn from"
+        print(f"{least}: few-shot asks for no more, where it would for {SHOTS[-1]}")
+    rows, few = {}, {}
     for name in features:
         x = found[FEATURES[name]]
         title = f"{pictures.name}, {name}"
@@ -106,15 +108,13 @@ def probe(pictures, found, features, mags, folds):
             row = metrics.linear_probe(x[:, k], y, C, who, pictures.split, folds)
             rows.setdefault(title, {})[mag] = row
             few.setdefault(title, {})[mag] = few_shot(x[:, k], y, C, train, test)
-    return rows, few
+    return rows, few, unlearned
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
-
 def find_prompts(peer, pictures, source):
-    """Find names and templates for zero-shot, or None where there can be none."""
-    if not pictures.labels or not peer.tokenizer:
+    """Find names and templates of the classes, or None where there are none."""
+    if not pictures.labels or not (peer.tokenizer or source):
         return None
     try:
         return labelled.read_prompts(source, set(pictures.labels))
@@ -130,39 +130,45 @@ def measure(peer, pictures, out, args):
     mags = evaluate.MAG_NAMES if mpp else ("whole",)
     features = args.features.split(",")
     about = labelled.about_pictures(peer, pictures)
+    split = labelled.describe_split(pictures, args.folds)
     prompts = find_prompts(peer, pictures, args.classes)
+    names = prompts[0] if args.classes and prompts else None
+    classes, order = labelled.order_classes(pictures.labels or (), names)
+    if not (len(classes) > 1 or peer.tokenizer and (prompts or pictures.captions)):
+        readable = f"nor names or captions that {peer.name} reads"
+        raise ValueError(f"{pictures.name} has neither labels of two classes {readable}: give some")
+    if len(classes) < 2:
+        print(f"{pictures.name} has {len(classes)} classes: no linear probe, no few-shot")
 
     # Read the pictures once for all protocols; go on with those that can be read.
-    found = labelled.embed_pictures(peer, pictures, out, mpp, "text_guided" in features)
+    found = embed.embed_pictures(peer, pictures, out, mpp, "text_guided" in features)
     kept = [row for row, ok in zip(pictures.rows, found["ok"], strict=True) if ok]
     about |= {"n": len(kept), "left_out": len(pictures) - len(kept), "mpp": mpp}
     if about["left_out"]:
         first = pictures.files[found["ok"].argmin()]
         print(f"{about['left_out']} of {len(pictures)} pictures cannot be read, the first {first}")
+    parted = not pictures.held_out().all()
     pictures = labelled.Pictures(pictures.name, pictures.by, kept)
-    split = labelled.describe_split(pictures)
+    if parted and pictures.held_out().all():
+        raise ValueError(f"{pictures.name} has no test or no training picture that can be read")
     use = np.flatnonzero(pictures.held_out())
     which = f"{len(use)} rows" if len(use) == len(kept) else f"{len(use)} test rows"
     v = found["image_embedding"]
-    learns = len(set(pictures.labels or ())) > 1
-    if not learns and not prompts and not (pictures.captions and peer.tokenizer):
-        raise ValueError(
-            f"{pictures.name} has nothing to measure: one class, no names, no captions"
-        )
 
     # Labels against the names of classes.
-    if prompts:
+    if prompts and peer.tokenizer:
         rows = zeroshot(peer, pictures, v, mags, mpp, *prompts)
         told = {"split": which, "prompts": {"classes": prompts[0], "templates": prompts[1]}}
         evaluate.save_results(out, "zeroshot", {pictures.name: rows}, about | told)
         for mode, row in rows.items():
             labelled.print_rows(f"Zero-shot, {mode}, {which}", row["picture"])
     # Labels to learn from.
-    if learns:
-        rows, few = probe(pictures, found, features, mags, args.folds)
-        told = about | {"split": split, "regularisation": "100 / (width x C)"}
-        evaluate.save_results(out, "probe", rows, told)
-        evaluate.save_results(out, "few_shot", few, about | {"split": f"{split}, the first fold"})
+    if len(classes) > 1:
+        rows, few, unlearned = probe(pictures, classes, found, features, mags, args.folds)
+        told = about | {"classes": classes, "order": order, "unlearned": unlearned}
+        both = {"split": split, "regularisation": "100 / (width x C)"}
+        evaluate.save_results(out, "probe", rows, told | both)
+        evaluate.save_results(out, "few_shot", few, told | {"split": f"{split}, the first fold"})
         for name in rows:
             labelled.print_rows(f"Linear probe on {name}, {split}", rows[name])
             for mag, shots in few[name].items():
@@ -174,9 +180,8 @@ def measure(peer, pictures, out, args):
         who = pictures.who()[use]
         rows = {m: evaluate.retrieval(v[use, k], t, captions, who) for k, m in enumerate(mags)}
         evaluate.save_results(out, "retrieval", rows, about | {"split": which})
-        labelled.print_rows(
-            f"Retrieval, {which}", rows, ["image_to_text_R@1", "text_to_image_R@1", "mean"]
-        )
+        columns = ["image_to_text_R@1", "text_to_image_R@1", "mean"]
+        labelled.print_rows(f"Retrieval, {which}", rows, columns)
 
 
 def main():
@@ -191,18 +196,12 @@ def main():
     for name in args.features.split(","):
         if name not in FEATURES:
             raise ValueError(f"--features {name} is none of {', '.join(FEATURES)}")
-    if args.folds < 2:
-        raise ValueError(f"--folds {args.folds} is too few: give 2 or more")
     if args.levels != bool(args.mpp) or args.mpp and not 0 < args.mpp < 1.2 * data.mpp_of(5):
-        raise ValueError(
-            "--levels needs --mpp, um per pixel, from 0.25 (40x) to 2 (5x); or neither"
-        )
+        raise ValueError("--levels needs --mpp, um per pixel, 0.25 (40x) to 2 (5x); or neither")
     pictures = labelled.read_pictures(args.data, args.train, args.group)
     peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
     if "text_guided" in args.features and not peer.keywords:
         raise ValueError(f"{peer.name} has no keywords.json: only a run has text_guided features")
-    if not pictures.labels and not (pictures.captions and peer.tokenizer):
-        raise ValueError(f"{args.data} has neither labels nor captions that {peer.name} can read")
     out = labelled.results_folder(args, peer, pictures)
     measure(peer, pictures, out, args)
     print(f"\nwrote {out}/results.json")

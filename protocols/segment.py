@@ -8,12 +8,11 @@ patient, slide or cluster: pictures or slides, and PNGs whose values are numbers
 the order of --classes; 255 does not count. Results: OUT/results.json and OUT/segments.png.
 
 By text, windows of the tower's S pixels overlap by three quarters, and a point's score is the mean
-over the windows that hold it. That is constant on squares of a quarter window, the cells, so maps
-are computed on cells. The decoder is a logistic regression of the tower's patch tokens, whose
-cells are the tokens' own squares, in folds by patient.
+over the windows that hold it: constant on squares of a quarter window, the cells. The decoder is a
+logistic regression of the tower's patch tokens, whose cells are their own squares.
 
-Shape letters: R pictures, h, w cells, C classes, H, W pixels of a mask, S pixels a side of a
-window, D width of a token, d the shared space.
+Shape letters: R pictures, h, w cells, C classes, H, W pixels of a mask, D width of a token, d the
+shared space.
 """
 
 import argparse
@@ -29,56 +28,42 @@ from tqdm import tqdm
 import data
 import evaluate
 from prepare.slide import thumbnail
-from protocols import heatmap, labelled, metrics, peers
-from protocols.masks import (
-    VOID,
-    Cells,
-    check_masks,
-    confusion,
-    label_map,
-    open_picture,
-    place_pixels,
-    read_mask,
-    read_windows,
-    windows,
-)
+from protocols import heatmap, labelled, masks, metrics, peers
+from protocols.masks import Cells
+
 
 # ---- By text ------------------------------------------------------------------------------------
-
-
 def score_cells(encode, vectors, picture, mag, S, cells=4):
     """Average the scores of the windows that hold each cell -> Cells of [h, w, C].
 
     encode: images [N, 3, S, S] -> unit vectors [N, d]; vectors [C, d] of the classes.
     """
-    # Score each window once.
-    side = S * data.mpp_of(mag) / picture.mpp
-    across, down, (w, h), corner = windows(picture.size, side, cells)
-    step = side / cells
-    spots = [(corner[0] + x * step, corner[1] + y * step) for y in down for x in across]
-    scores = [encode(images) @ vectors.T for images, _ in read_windows(picture, side, spots, S)]
-    scores = torch.cat(scores).numpy().reshape(len(down), len(across), -1)
-    total = np.zeros((h, w, len(vectors)))
-    count = np.zeros((h, w, 1))
-    # A window adds its score to each of its cells.
+    found = masks.scan(picture, mag, S, lambda images: encode(images) @ vectors.T, cells)
+    down, across, C = found.values.shape
+    total = np.zeros((down + cells - 1, across + cells - 1, C))
+    count = np.zeros((*total.shape[:2], 1))
+    # A window adds its scores to each of its cells.
     for v in range(cells):
         for u in range(cells):
-            total[v : v + len(down), u : u + len(across)] += scores
-            count[v : v + len(down), u : u + len(across)] += 1
-    return Cells(total / count, step, corner)
+            total[v : v + down, u : u + across] += found.values
+            count[v : v + down, u : u + across] += 1
+    return found._replace(values=total / count)
 
 
-def score_picture(encode, vectors, path, S, mpp, keep):
-    """Score a picture at its magnifications, or read the file `keep` -> {"5x": Cells, ...}."""
+def score_picture(encode, vectors, path, S, mpp, folder):
+    """Score a picture at its magnifications -> {"5x": Cells, ...}, or read what `folder` kept."""
+    stat = path.stat()
+    told = [stat.st_size, stat.st_mtime_ns, str(path), mpp, vectors.tolist()]
+    keep = Path(folder) / f"{path.stem}-{labelled.digest(told)}.pt"
     if not keep.exists():
         found = {}
-        with open_picture(path, mpp) as picture:
+        with masks.open_picture(path, mpp) as picture:
             for mag in picture.mags:
-                cells = score_cells(encode, vectors, picture, mag, S)
-                found[f"{mag}x"] = (torch.from_numpy(cells.values), cells.side, cells.corner)
+                values, *place = score_cells(encode, vectors, picture, mag, S)
+                found[f"{mag}x"] = (torch.from_numpy(values), *place)
         data.write_whole(keep, partial(torch.save, found))
     found = torch.load(keep, weights_only=True)
-    return {mag: Cells(cells[0].numpy(), *cells[1:]) for mag, cells in found.items()}
+    return {mag: Cells(values.numpy(), *place) for mag, (values, *place) in found.items()}
 
 
 def zeroshot(encode, vectors, pairs, S, mpp, folder):
@@ -89,13 +74,9 @@ def zeroshot(encode, vectors, pairs, S, mpp, folder):
     score of a class over all pictures.
     """
     C = len(vectors)
-    # Score all pictures; scores of files that have not changed are read again.
     scored = []
     for path, _ in tqdm(pairs, "by text", unit="picture", disable=None):
-        stat = path.stat()
-        told = [str(path), stat.st_size, stat.st_mtime_ns, mpp, vectors.tolist()]
-        keep = Path(folder) / f"{path.stem}-{labelled.digest(told)}.pt"
-        scored.append(score_picture(encode, vectors, path, S, mpp, keep))
+        scored.append(score_picture(encode, vectors, path, S, mpp, folder))
     # Centre each magnification on all pictures, as evaluate.py merges bags.
     centre = {}
     for mag in evaluate.MAG_NAMES:
@@ -104,109 +85,63 @@ def zeroshot(encode, vectors, pairs, S, mpp, folder):
             centre[mag] = np.mean(means, 0)
     pixels = {mag: np.zeros((len(pairs), C, C)) for mag in (*centre, "merged")}
     # Label the pixels of each picture, and compare them with its mask.
-    for r, (path, mask) in enumerate(pairs):
-        truth = read_mask(mask, C)
-        with open_picture(path, mpp) as picture:
-            size = picture.size
-        layers = {mag: [cells] for mag, cells in scored[r].items()}
-        layers["merged"] = [
-            cells._replace(values=cells.values - centre[mag]) for mag, cells in scored[r].items()
-        ]
+    for r, found in enumerate(scored):
+        truth = masks.read_mask(pairs[r][1], C)
+        layers = {mag: [cells] for mag, cells in found.items()} | {"merged": []}
+        for mag, cells in found.items():
+            layers["merged"].append(cells._replace(values=cells.values - centre[mag]))
         maps = {"truth": truth}
         for mag, several in layers.items():
-            maps[mag] = label_map(several, size, truth.shape)
-            pixels[mag][r] = confusion(truth, maps[mag], C)
+            maps[mag], pixels[mag][r] = masks.label_pixels(several, truth, C)
     return pixels, maps
 
 
 # ---- By a linear decoder ------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def read_tokens(vision, picture, mag):
+def read_tokens(vision, path, mag, mpp=None):
     """Read the patch tokens of windows side by side -> Cells of [h, w, D]."""
-    S = vision.size
     g = vision.grid
-    side = S * data.mpp_of(mag) / picture.mpp
-    across, down, _, corner = windows(picture.size, side, 1)
-    # Windows lie side by side, so each token is read once.
-    spots = [(corner[0] + x * side, corner[1] + y * side) for y in down for x in across]
     device = next(vision.parameters(), torch.empty(0)).device
-    parts = []
-    for images, _ in read_windows(picture, side, spots, S):
-        parts.append(vision(images.to(device))[:, 1:].float().cpu())
+    # Windows lie side by side, so each token is read once.
+    with masks.open_picture(path, mpp) as picture:
+        found = masks.scan(picture, mag, vision.size, lambda x: vision(x.to(device))[:, 1:])
     # Put the g x g tokens of each window in its place.
-    tokens = torch.cat(parts).reshape(len(down), len(across), g, g, -1).permute(0, 2, 1, 3, 4)
-    tokens = tokens.reshape(len(down) * g, len(across) * g, -1)
-    return Cells(tokens.numpy(), side / g, corner)
+    h, w = found.values.shape[:2]
+    tokens = found.values.reshape(h, w, g, g, -1).swapaxes(1, 2).reshape(h * g, w * g, -1)
+    return found._replace(values=tokens, side=found.side / g)
 
 
-def label_cells(mask, size, cells, C):
-    """Give each cell the class of most of its pixels -> int [h, w], -1 if none counts."""
-    h, w = cells.values.shape[:2]
-    rows, columns = place_pixels(mask.shape, size, cells)
-    # Count the classes of the pixels in each cell.
-    number = rows[:, None] * w + columns
-    use = mask != VOID
-    count = np.bincount(number[use] * C + mask[use], minlength=h * w * C).reshape(h, w, C)
-    return np.where(count.any(-1), count.argmax(-1), -1)
+def decode(vision, pairs, folds, C, mag=20, mpp=None, most=20000, seed=0):
+    """Learn a linear decoder in each fold -> (pixels [R, C, C], label map of the last one tested).
 
-
-def decode(vision, train, test, C, mag=20, mpp=None, most=20000, seed=0):
-    """Learn a linear decoder from pairs `train` -> (pixels [R, C, C] of `test`, its last map).
-
-    Of the training tokens at most `most` are used, as many of each picture.
+    folds: list of (train, test) numbers of pairs [(picture, mask)]; pixels of others are 0. Of the
+    training tokens at most `most` are used, as many of each picture.
     """
-    # Collect tokens and their classes, so many that they fit into memory.
-    rng = np.random.default_rng(seed)
-    xs = []
-    ys = []
-    for path, mask in tqdm(train, f"learn at {mag}x", unit="picture", leave=False, disable=None):
-        with open_picture(path, mpp) as picture:
-            cells = read_tokens(vision, picture, mag)
-            y = label_cells(read_mask(mask, C), picture.size, cells, C)
-        rows, columns = rng.permutation(np.argwhere(y >= 0))[: max(1, most // len(train))].T
-        xs.append(cells.values[rows, columns])
-        ys.append(y[rows, columns])
-    # Fit the probe of evaluate.py on them.
-    weight, bias = evaluate.fit_logistic(np.concatenate(xs), np.concatenate(ys), C)
-    found = []
-    # Each token paints its own square.
-    for path, mask in tqdm(test, f"decode at {mag}x", unit="picture", leave=False, disable=None):
-        truth = read_mask(mask, C)
-        with open_picture(path, mpp) as picture:
-            cells = read_tokens(vision, picture, mag)
+    pixels = np.zeros((len(pairs), C, C))
+    last = max(max(test) for _, test in folds)
+    for train, test in folds:
+        # Collect tokens and their classes, so many that they fit into memory.
+        rng = np.random.default_rng(seed)
+        xs, ys = [], []
+        for r in tqdm(train, f"learn at {mag}x", unit="picture", leave=False, disable=None):
+            cells = read_tokens(vision, pairs[r][0], mag, mpp)
+            y = masks.label_cells(masks.read_mask(pairs[r][1], C), cells, C)
+            rows, columns = rng.permutation(np.argwhere(y >= 0))[: max(1, most // len(train))].T
+            xs.append(cells.values[rows, columns])
+            ys.append(y[rows, columns])
+        # Fit the probe of evaluate.py on them; then each token paints its own square.
+        weight, bias = evaluate.fit_logistic(np.concatenate(xs), np.concatenate(ys), C)
+        for r in tqdm(test, f"decode at {mag}x", unit="picture", leave=False, disable=None):
+            truth = masks.read_mask(pairs[r][1], C)
+            cells = read_tokens(vision, pairs[r][0], mag, mpp)
             scores = (torch.from_numpy(cells.values).double() @ weight.T + bias).numpy()
-            last = label_map([cells._replace(values=scores)], picture.size, truth.shape)
-        found.append(confusion(truth, last, C))
-    return np.stack(found), last
-
-
-def decode_folds(vision, pairs, C, found, args):
-    """Run `decode` over metrics.splits -> (pixels [R, C, C], their row numbers [R], a map).
-
-    The map is of the last picture that is measured.
-    """
-    who = found.who()
-    folds = min(args.folds, len(set(who)))
-    shown = np.flatnonzero(found.held_out())[-1]
-    pixels = []
-    order = []
-    shown_map = None
-    # The folds are dealt as if all pictures had one class.
-    for rows in metrics.splits(np.zeros(len(pairs), int), who, found.split, folds):
-        learn, held = ([pairs[i] for i in part] for part in rows)
-        measured, last = decode(vision, learn, held, C, args.level, args.mpp)
-        pixels.append(measured)
-        order.append(rows[1])
-        if rows[1][-1] == shown:
-            shown_map = last
-    return np.concatenate(pixels), np.concatenate(order), shown_map
+            found, pixels[r] = masks.label_pixels([cells._replace(values=scores)], truth, C)
+            if r == last:
+                shown = found
+    return pixels, shown
 
 
 # ---- Results ------------------------------------------------------------------------------------
-
-
 def summarise(pixels, names, groups):
     """Compute Dice over all pixels of pictures -> scores, with an interval over groups [R].
 
@@ -216,43 +151,35 @@ def summarise(pixels, names, groups):
     group, drawn = evaluate.resamples(groups)
     sums = np.zeros((drawn.shape[1], *pixels.shape[1:]))
     np.add.at(sums, group, pixels)
-    row = {"n": int((pixels.sum((1, 2)) > 0).sum()), "groups": drawn.shape[1], "interval": {}}
-    each = metrics.dice(pixels.sum(0))  # [C]
-    samples = metrics.dice(np.tensordot(drawn, sums, 1))  # [times, C]
-    for name, value, drawn_values in (
-        ("dice", mean_known(each), mean_known(samples)),
-        *zip([f"dice {name}" for name in names], each, samples.T, strict=True),
-    ):
-        row[name] = float(value)
-        row["interval"][name] = evaluate.interval(drawn_values)
+    # The first row is what was measured, the others are of the bootstrap.
+    weights = np.concatenate([np.ones_like(drawn[:1]), drawn])
+    each = metrics.dice(np.tensordot(weights, sums, 1))  # [1 + times, C]
+    mean = np.ma.masked_invalid(each).mean(1).filled(np.nan)
+    row = {"n": int((pixels.sum((1, 2)) > 0).sum()), "groups": len(sums), "interval": {}}
+    columns = ["dice", *(f"dice {name}" for name in names)]
+    for name, values in zip(columns, [mean, *each.T], strict=True):
+        row[name] = float(values[0])
+        row["interval"][name] = evaluate.interval(values[1:])
     return row
-
-
-def mean_known(values):
-    """Average the last axis without NaN."""
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(-1) / known.sum(-1)
 
 
 def draw_maps(path, maps, names, mpp=None, width=250):
     """Draw a picture and its label maps {title: [H, W]} beside it -> PIL image; VOID is white."""
-    with open_picture(path, mpp) as picture:
-        thumb = thumbnail(picture, max(1, round(max(picture.size) / width)))
-    # Give numbers their colours; pixels that do not count stay white.
-    palette = [heatmap.class_colour(c) for c in range(len(names))]
-    palette = np.array([*palette, (255, 255, 255)], np.uint8)
-    panels = [(Image.fromarray(thumb), Path(path).name)]
+    with masks.open_picture(path, mpp) as picture:
+        thumb = Image.fromarray(thumbnail(picture, max(1, round(max(picture.size) / width))))
+    colours = [heatmap.class_colour(c) for c in range(len(names))]
+    palette = np.array([*colours, (255, 255, 255)], np.uint8)
+    panels = [(thumb, Path(path).name)]
     for title, labels in maps.items():
         drawn = Image.fromarray(palette[np.minimum(labels, len(names))])
-        panels.append((drawn.resize(thumb.shape[1::-1], Image.NEAREST), title))
+        panels.append((drawn.resize(thumb.size, Image.NEAREST), title))
     page = heatmap.side_by_side(panels)
+    # Write the legend below.
     image, draw = heatmap.blank(page.width, page.height + 22)
     image.paste(page, (0, 0))
-    # Write the legend below.
     left = 4
-    for c, name in enumerate(names):
-        draw.rectangle([left, page.height + 6, left + 10, page.height + 16], fill=tuple(palette[c]))
+    for name, fill in zip(names, colours, strict=True):
+        draw.rectangle([left, page.height + 6, left + 10, page.height + 16], fill=fill)
         draw.text((left + 14, page.height + 3), name, "black", font_size=12)
         left += 32 + heatmap.text_width(name, 12)
     return image
@@ -271,34 +198,34 @@ def main():
         raise ValueError(f"{args.data} has no masks: give a CSV with columns file,mask")
     classes, templates = labelled.read_prompts(args.classes)
     names = list(classes)
-    C = len(classes)
     pairs = list(zip(found.files, found.masks, strict=True))
     # A wrong mask should be told now, not after hours.
-    check_masks(pairs, C, args.mpp)
+    holds = masks.check_masks(pairs, names, args.mpp)
     peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
     out = labelled.results_folder(args, peer, found)
     who = found.who()
-    split = labelled.describe_split(found)
+    about = labelled.about_pictures(peer, found)
+    about["split"] = labelled.describe_split(found, args.folds)
     test = np.flatnonzero(found.held_out())
-    rows = {}
-    maps = {}
+    rows, maps = {}, {}
     if peer.tokenizer:
 
         def encode(images):
             return evaluate.embed_images(peer.model, images)["image_embedding"]
 
         vectors = evaluate.class_vectors(peer.model, peer.tokenizer, classes.values(), templates)
-        held, S = [pairs[i] for i in test], peer.model.vision.size
-        folder = out / "features" / peer.fingerprint
-        pixels, maps = zeroshot(encode, vectors, held, S, args.mpp, folder)
+        place = (peer.model.vision.size, args.mpp, out / "features" / peer.fingerprint)
+        pixels, maps = zeroshot(encode, vectors, [pairs[i] for i in test], *place)
         rows["by text"] = {mag: summarise(m, names, who[test]) for mag, m in pixels.items()}
     # The decoder needs others to learn from.
     if len(set(who)) > 1:
-        pixels, order, last = decode_folds(peer.model.vision, pairs, C, found, args)
-        rows["decoder"] = {f"{args.level}x": summarise(pixels, names, who[order])}
+        # The folds are dealt as if all pictures had one class.
+        folds = metrics.splits(np.zeros(len(pairs), int), who, found.split, args.folds)
+        about["unlearned"] = metrics.find_unlearned(folds, holds, names)
+        pixels, last = decode(peer.model.vision, pairs, folds, len(names), args.level, args.mpp)
+        rows["decoder"] = {f"{args.level}x": summarise(pixels[test], names, who[test])}
         maps[f"decoder, {args.level}x"] = last
-    about = labelled.about_pictures(peer, found)
-    about |= {"n": len(test), "split": split, "mpp": args.mpp}
+    about |= {"n": len(test), "mpp": args.mpp}
     about["prompts"] = {"classes": classes, "templates": templates}
     evaluate.save_results(out, "segment", {found.name: rows}, about)
     heatmap.save(draw_maps(pairs[test[-1]][0], maps, names, args.mpp), out / "segments.png")

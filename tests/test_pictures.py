@@ -6,6 +6,7 @@ pytest tests/test_pictures.py
 import csv
 import json
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ import torch
 from conftest import script
 from PIL import Image
 from test_model import clip_state, timm_state
+from test_slides import run  # noqa: F401, a fixture
 
 import data
 import evaluate
 import model as networks
 import text
-from protocols import finetune, labelled, metrics, peers, pictures
+from protocols import embed, finetune, labelled, metrics, peers, pictures
 
 KINDS = ("lung_n", "lung_aca", "lung_scc")
 
@@ -32,15 +34,11 @@ def draw(path, colour, size=(40, 30)):
     return path
 
 
-# --------------------------------------------------------------------------------------------------
-# Folders and tables
-
-
+# ---- Folders and tables ----
 def test_class_folders_and_their_splits(tmp_path):
     for k, name in enumerate(("a/1.png", "a/2.jpg", "b/sub/3.tif")):
         draw(tmp_path / "flat" / name, (k, k, k))
-        draw(tmp_path / "parted" / ("Train" if k else "test") / name, (k, k, k))
-    (tmp_path / "flat/a/notes.txt").write_text("no picture")
+        draw(tmp_path / "parted" / ("Train" if k else "test") / name, (9, k, k))
     flat = labelled.read_pictures(tmp_path / "flat")
     assert (flat.labels, flat.groups, flat.name) == (["a", "a", "b"], None, "flat")
     assert flat.split.tolist() == ["", "", ""] and flat.held_out().all()
@@ -50,13 +48,58 @@ def test_class_folders_and_their_splits(tmp_path):
     assert parted.labels == ["a", "b", "a"] and parted.held_out().tolist() == [False, False, True]
     both = labelled.read_pictures(tmp_path / "flat", train=tmp_path / "parted")
     assert both.split.tolist() == ["train"] * 3 + ["test"] * 3 and both.name == "flat"
-    with pytest.raises(ValueError, match="share pictures"):
-        labelled.read_pictures(tmp_path / "flat", train=tmp_path / "flat")
     # Groups of one of two sources are none.
     table = tmp_path / "more.csv"
     table.write_text("file,label,patient\nparted/test/a/1.png,a,p\n")
     both = labelled.read_pictures(table, train=tmp_path / "flat")
     assert both.by is None and both.groups is None and both.labels == ["a", "a", "b", "a"]
+
+
+def test_what_is_no_class_is_named_and_left_out(tmp_path, capsys):
+    parted = "training/a/1.png test/a/2.png __MACOSX/test/a/3.png figures/4.png annotations/a/5.png"
+    flat = "a/1.png a/._1.png a/.ipynb_checkpoints/2.png b/3.png .git/4.png 5.png a/notes.txt"
+    for name, files in (("parted", parted), ("flat", flat)):
+        for k, file in enumerate(files.split()):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(bytes([k]))
+    (tmp_path / "flat/empty").mkdir()
+    found = labelled.read_pictures(tmp_path / "parted")
+    assert (found.labels, found.split.tolist()) == (["a", "a"], ["test", "train"])
+    assert "left out 3: __MACOSX, annotations, figures\n" in capsys.readouterr().out
+    found = labelled.read_pictures(tmp_path / "flat")
+    assert [path.name for path in found.files] == ["1.png", "3.png"] and found.labels == ["a", "b"]
+    assert "left out 3: .git, 5.png, empty\n" in capsys.readouterr().out
+
+
+def test_copies_are_found_by_content(tmp_path, capsys):
+    """Files of one size, and of one size and middle, are no copies."""
+    contents = {"train/a/1": b"0" * 9000 + b"1", "train/a/2": b"0" * 9001, "train/a/3": b"3" * 9001}
+    contents |= {"test/a/4": b"0" * 9001, "test/a/5": b"5", "train/a/6": b"", "train/b/7": b""}
+    for name, content in contents.items():
+        path = tmp_path / "some" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    found = labelled.read_pictures(tmp_path / "some")
+    assert labelled.describe_split(found, 5) == "the source's own"
+    assert "1 of 2 test pictures have copies among those to learn from" in capsys.readouterr().out
+    peer = peers.Peer(None, None, "x", "0")
+    assert labelled.about_pictures(peer, found)["copies"] == found.copies() == 1
+    # Without a split, copies are one group, and no fold parts them.
+    table = tmp_path / "index.csv"
+    some = tmp_path / "some"
+    lines = [f"{file.relative_to(tmp_path)}" for file in found.files]
+    table.write_text("file\n" + "\n".join(lines))
+    rows = labelled.read_pictures(table)
+    assert rows.who().tolist() == [0, 1, 2, 0, 4, 5, 6] and rows.copies() == 0
+    # Of two patients they are told; where nothing else is tested, or of two labels, refused.
+    table.write_text("file,patient\n" + "\n".join(f"{x},p{k}" for k, x in enumerate(lines)))
+    assert labelled.read_pictures(table).copies() == 2
+    with pytest.raises(ValueError, match="all test pictures of .*test are also learned from"):
+        labelled.read_pictures(some / "test", train=some / "test")
+    for other in ("some/train/a/2.png", lines[0]):
+        table.write_text(f"file,label\n{other},x\nsome/train/a/2.png,y\n")
+        with pytest.raises(ValueError, match="2.png are one picture with the labels x, y: keep"):
+            labelled.read_pictures(table)
 
 
 def test_folders_without_pictures_are_one_sentence(tmp_path):
@@ -70,9 +113,9 @@ def test_folders_without_pictures_are_one_sentence(tmp_path):
             labelled.read_pictures(tmp_path / name)
 
 
-def test_a_table_says_what_is_known(tmp_path):
-    for name in ("x.png", "y.png"):
-        draw(tmp_path / name, (9, 9, 9))
+def test_a_table_says_what_is_known(tmp_path, capsys):
+    for k, name in enumerate(("x.png", "y.png")):
+        draw(tmp_path / name, (k, 9, 9))
     table = tmp_path / "annotations.csv"
     # A byte order mark and capitals, as Excel writes them.
     content = "\ufeffFile,Label,split,patient,ward\nx.png,HP,train,p1,w\ny.png,SSA,Test,p2,w\n"
@@ -85,8 +128,10 @@ def test_a_table_says_what_is_known(tmp_path):
     os.utime(tmp_path / "x.png", (1, 1))
     later = labelled.read_pictures(table)
     assert later.hash == found.hash and later.stamp != found.stamp
-    table.write_text("file,label\nx.png,HP\ny.png,HP\n")
+    capsys.readouterr()
+    table.write_text("file,label,group\nx.png,HP,p\ny.png,HP,p\n")
     assert labelled.read_pictures(table).hash != found.hash
+    assert "the columns group are not read; --group can" in capsys.readouterr().out
     # A caption may hold a comma and a line break.
     table.write_text('file,caption\nx.png,"glands,\nmucin"\n')
     assert labelled.read_pictures(table).captions == ["glands,\nmucin"]
@@ -104,6 +149,7 @@ def test_a_broken_table_is_one_sentence(tmp_path):
         "file,patient\nx.png,\n": "index.csv:2: no patient",
         "file,split\nx.png,training set\n": "index.csv:2: the split training set is none of",
         "file,label\n": "no rows below",
+        "file,caption\nx.png,glands, mucin\n": "index.csv:2: more cells than headings",
         "a,b\n1,2\n": "no column file: its first line has a, b",
         "": "no column file",
         "file,mask\nx.png,none.png\n": "index.csv:2: .*none.png does not exist",
@@ -121,9 +167,7 @@ def test_a_broken_table_is_one_sentence(tmp_path):
         labelled.read_pictures(table, group="ward")
 
 
-# --------------------------------------------------------------------------------------------------
-# Names of classes
-
+# ---- Names of classes ----
 # What the data sets themselves call their classes.
 LABELS = {
     "nct-crc": "ADI BACK DEB LYM MUC MUS NORM STR TUM",
@@ -172,15 +216,29 @@ def test_prompts_are_found_by_labels_and_in_files(tmp_path, capsys):
     (tmp_path / "own.json").write_text(json.dumps({"A": "gland", "b": ["mucin", "mucus"]}))
     found, _ = labelled.read_prompts(tmp_path / "own.json", ["a"])
     assert found == {"a": ["gland"], "b": ["mucin", "mucus"]}
+    assert "own.json that no label names: 1: b" in capsys.readouterr().out
+    # A classes.json of shards brings its own templates.
+    facts = {"facts": {"tissue": {"a": ["gland"]}}, "templates": ["{}!"]}
+    (tmp_path / "classes.json").write_text(json.dumps(facts))
+    assert labelled.read_prompts(tmp_path / "classes.json") == ({"a": ["gland"]}, ["{}!"])
+
+
+def test_classes_come_in_the_order_of_the_data_set():
+    for labels, names, expected, order in (
+        ({"G4", "nc", "G3", "G5"}, None, ["nc", "G3", "G4", "G5"], "sicapv2"),
+        (["10", "9", "6", "9"], None, ["6", "9", "10"], "numbers"),
+        ({"low", "high"}, None, ["high", "low"], "alphabet"),
+        ({"low", "high"}, {"Low": "", "mid": "", "high": ""}, ["low", "high"], "--classes"),
+    ):
+        assert labelled.order_classes(labels, names) == (expected, order)
+    with pytest.raises(ValueError, match="HP hp differ in case only"):
+        labelled.order_classes(["HP", "hp"])
 
 
 def test_wrong_names_are_one_sentence(tmp_path):
-    wrong = {
-        '{"a": []}': "a class has no name",
-        "[1]": "neither a JSON file",
-        "{": "neither a JSON",
-    }
-    wrong |= {'{"a": [3]}': "neither a JSON file", "{}": "a class has no name"}
+    wrong = dict.fromkeys(("[1]", "{", '{"a": [3]}'), "neither a JSON file")
+    wrong |= dict.fromkeys(('{"a": []}', "{}"), "a class has no name")
+    wrong['{"facts": {"tissue": {}, "grade": {}}, "templates": []}'] = "has the facts tissue, grade"
     for content, message in wrong.items():
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ValueError, match=f"--classes .*x.json is .*{message}"):
@@ -190,27 +248,23 @@ def test_wrong_names_are_one_sentence(tmp_path):
         (None, {"moon"}, "no names for moon"),
         ("mhist", {"moon"}, "the class moon has no names in mhist"),
         ("nowhere", {"a"}, "--classes nowhere is neither"),
-        (None, {"HP", "hp"}, "differ in case only"),
     ):
         with pytest.raises(ValueError, match=message):
             labelled.read_prompts(source, labels)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pixels and features
-
-
+# ---- Pixels and features ----
 def test_a_picture_at_another_magnification_keeps_its_scale():
     """A black square of 100 um, at 0.5 um per pixel, is 100 / (10 / mag) pixels wide at mag."""
     a = np.full((512, 512, 3), 255, np.uint8)
     a[156:356, 156:356] = 0
     image = Image.fromarray(a)
     for mag, dark in ((5, 50), (10, 100), (20, 200)):
-        tiles = labelled.at_magnification(image, 0.5, mag, 128 * mag // 5)
+        tiles = embed.at_magnification(image, 0.5, mag, 128 * mag // 5)
         assert len(tiles) == 1 and abs(np.sqrt((tiles < 128).all(-1).sum()) - dark) < 2
-    assert labelled.at_magnification(image, 0.5, 40, 256).shape == (16, 256, 256, 3)
+    assert embed.at_magnification(image, 0.5, 40, 256).shape == (16, 256, 256, 3)
     # 39 x 128 pixels at 5x: mirrored, not stretched, and no black edge.
-    small = labelled.at_magnification(image.crop((0, 0, 156, 512)), 0.5, 5, 256)
+    small = embed.at_magnification(image.crop((0, 0, 156, 512)), 0.5, 5, 256)
     assert small.shape == (1, 256, 256, 3) and (small == 255).all()
 
 
@@ -246,19 +300,19 @@ def test_features_skip_what_is_broken_and_go_on_where_they_stopped(tmp_path, cap
     files[1].write_bytes(b"not a picture")
     files[3].write_bytes(files[4].read_bytes()[:60])
     asked = []
-    embed = labelled.embed_files
+    embed_files = embed.embed_files
 
     def watched(peer, files, *more):
         asked.append([path.name for path in files])
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return embed(peer, files, *more)
+        return embed_files(peer, files, *more)
 
-    monkeypatch.setattr(labelled, "embed_files", watched)
+    monkeypatch.setattr(embed, "embed_files", watched)
     some = listed(files)
     with pytest.raises(KeyboardInterrupt):
-        labelled.embed_pictures(mean_colour(16), some, tmp_path, at_once=2)
-    found = labelled.embed_pictures(mean_colour(16), some, tmp_path, at_once=2)
+        embed.embed_pictures(mean_colour(16), some, tmp_path, at_once=2)
+    found = embed.embed_pictures(mean_colour(16), some, tmp_path, at_once=2)
     assert asked == [["0.png", "1.png"], *[["2.png", "3.png"]] * 2, ["4.png"]]
     assert found["ok"].tolist() == [True, False, True, False, True]
     red = found["image_embedding"][:, 0, 0]
@@ -266,16 +320,16 @@ def test_features_skip_what_is_broken_and_go_on_where_they_stopped(tmp_path, cap
     said = capsys.readouterr().err
     assert "1.png" in said and "3.png" in said
     # Nothing is read again, unless the weights or the files are others.
-    again = labelled.embed_pictures(mean_colour(16), some, tmp_path, at_once=2)
+    again = embed.embed_pictures(mean_colour(16), some, tmp_path, at_once=2)
     assert len(asked) == 4 and (again["image_embedding"] == found["image_embedding"]).all()
     other = mean_colour(16)
     other.fingerprint = "1"
-    labelled.embed_pictures(other, some, tmp_path, at_once=5)
+    embed.embed_pictures(other, some, tmp_path, at_once=5)
     os.utime(files[0], (1, 1))
-    labelled.embed_pictures(mean_colour(16), listed(files), tmp_path, at_once=5)
+    embed.embed_pictures(mean_colour(16), listed(files), tmp_path, at_once=5)
     assert len(asked) == 6
     with pytest.raises(ValueError, match="no picture of some can be read"):
-        labelled.embed_pictures(mean_colour(16), listed([files[1]]), tmp_path)
+        embed.embed_pictures(mean_colour(16), listed([files[1]]), tmp_path)
 
 
 def test_features_at_four_magnifications_are_means_over_tiles(tmp_path):
@@ -284,15 +338,12 @@ def test_features_at_four_magnifications_are_means_over_tiles(tmp_path):
     Image.fromarray(a).save(tmp_path / "half.png")
     draw(tmp_path / "white.png", (255, 255, 255), (20, 90))
     files = [tmp_path / "half.png", tmp_path / "white.png"]
-    found = labelled.embed_files(mean_colour(32), files, mpp=0.25)["image_embedding"]
+    found = embed.embed_files(mean_colour(32), files, mpp=0.25)["image_embedding"]
     assert found.shape == (2, 4, 3)
     assert np.allclose(found[0, 1:], 100 / 255, atol=0.02) and np.allclose(found[1], 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Protocols
-
-
+# ---- Protocols ----
 def test_merging_is_centred_and_leaves_out_what_is_merely_enlarged(monkeypatch):
     """20x and below are in pictures of 0.5 um. 10x always shouts for class 0, 20x knows."""
     monkeypatch.setattr(evaluate, "class_vectors", lambda *a: torch.eye(2))
@@ -336,21 +387,6 @@ def test_few_shot_learns_from_k_rows_of_each_class():
     assert list(pictures.few_shot(x, y, 2, rows, rows)) == [1, 2, 4]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Make a run folder as train.py leaves it, untrained."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    folder.mkdir()
-    words = text.Tokenizer.train(["benign lung tissue, lung adenocarcinoma"] * 2, 560)
-    torch.manual_seed(0)
-    model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
-    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, folder / "ckpt.pt")
-    (folder / "config.json").write_text(json.dumps({"size": "synthetic", "k_o": 2}))
-    (folder / "tokenizer.json").write_text(words.to_json())
-    (folder / "keywords.json").write_text(json.dumps(["mucin", "gland", "sheet"]))
-    return folder
-
-
 @pytest.fixture
 def patches(tmp_path):
     """Draw 24 pictures of three kinds, stripes of another width each, and index.csv of them."""
@@ -379,9 +415,8 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_pictures_through_every_protocol_and_a_broken_one_is_counted(
-    run, patches, monkeypatch, capsys
-):
+def test_every_protocol_and_a_broken_picture(run, patches, monkeypatch, capsys):  # noqa: F811
+    (run / "keywords.json").write_text(json.dumps(["mucin", "gland", "sheet"]))
     (patches / "patches/lung_n/0.png").write_bytes(b"\x89PNG broken")
     out = patches / "out"
     argv = [run, "--data", patches / "index.csv", "--out", out, "--folds", "3"]
@@ -403,28 +438,37 @@ def test_pictures_through_every_protocol_and_a_broken_one_is_counted(
     for about in found["about"].values():
         assert {"model", "fingerprint", "data", "data_hash", "split", "n", "groups"} <= set(about)
         assert (about["left_out"], about["n"], about["groups"]) == (1, 23, "patient")
-    assert found["about"]["probe"]["split"] == "folds by patient"
+    assert found["about"]["probe"]["split"] == "3 folds by patient"
     assert list(found["about"]["zeroshot"]["prompts"]["classes"]) == list(KINDS)
+    about = found["about"]["probe"]
+    assert (about["classes"], about["order"]) == (list(KINDS), "lc25000-lung")
+    assert about["copies"] == 0 and about["unlearned"] == []
     # The stripes are told apart by an untrained network, so the probe finds them.
     assert found["probe"][f"{name}, backbone"]["whole"]["accuracy"] > 0.9
 
-    # A second call reads no picture, and an edge is no magnification.
+    # A second call reads no picture; classes that nobody has are candidates.
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     command(monkeypatch, pictures, *argv, "--features", "backbone,text_guided")
     assert kept == {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    names = {kind: kind for kind in KINDS} | {"ghost": "tissue"}
+    (patches / "four.json").write_text(json.dumps(names))
+    argv += ["--classes", patches / "four.json"]
     command(monkeypatch, pictures, *argv, "--levels", "--mpp", "0.5")
+    assert results(out)["about"]["zeroshot"]["prompts"]["classes"].keys() == names.keys()
     rows = results(out)["zeroshot"][name]["single"]["picture"]
     assert set(rows) == {"5x", "10x", "20x", "40x", "merged"}
     assert set(results(out)["retrieval"]) == {"5x", "10x", "20x", "40x"}
 
 
-def test_a_split_of_its_own_and_groups_that_leak_are_told(run, patches, monkeypatch, capsys):
+def test_a_split_of_its_own_and_groups_that_leak_are_told(run, patches, monkeypatch, capsys):  # noqa: F811
     lines = (patches / "index.csv").read_text().splitlines()
     parted = [lines[0] + ",split"]
     parted += [f"{line},{'test' if i < 10 else 'train'}" for i, line in enumerate(lines[1:])]
     (patches / "parted.csv").write_text("\n".join(parted) + "\n")
     command(monkeypatch, pictures, "random", "--data", patches / "parted.csv", "--out", patches)
-    assert "1 groups (patient) are in training and test" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 groups (patient) are in training and test" in said
+    assert "has 4 rows to learn from: few-shot asks for no more" in said
     found = results(patches)
     assert set(found) == {"probe", "few_shot", "about"}
     assert found["probe"]["parted, backbone"]["whole"]["n"] == 10
@@ -433,16 +477,16 @@ def test_a_split_of_its_own_and_groups_that_leak_are_told(run, patches, monkeypa
     argv = ["random", "--data", patches / "patches", "--out", patches / "out"]
     command(monkeypatch, pictures, *argv)
     assert "patches has no groups" in capsys.readouterr().out
-    assert results(patches / "out")["about"]["probe"]["split"] == "folds by row"
-
-
-def test_classes_that_nobody_has_are_candidates(run, patches, monkeypatch):
-    names = {kind: kind for kind in KINDS} | {"ghost": "tissue"}
-    (patches / "four.json").write_text(json.dumps(names))
-    argv = [run, "--data", patches / "index.csv", "--out", patches]
-    command(monkeypatch, pictures, *argv, "--classes", patches / "four.json")
-    found = results(patches)
-    assert set(found["about"]["zeroshot"]["prompts"]["classes"]) == set(names)
+    assert results(patches / "out")["about"]["probe"]["split"] == "5 folds by row"
+    # A class of one patient is not learned where it is tested.
+    one = [re.sub(r"(lung_scc),p\d", r"\1,one", line) for line in lines]
+    (patches / "one.csv").write_text("\n".join(one))
+    for module in (pictures, finetune):
+        more = ("--epochs", 1) if module is finetune else ()
+        command(monkeypatch, module, "random", "--data", patches / "one.csv", *argv[3:], *more)
+        assert "wherever they are tested: lung_scc\n" in capsys.readouterr().out
+    about = results(patches / "out")["about"]
+    assert about["probe"]["unlearned"] == about["finetune"]["unlearned"] == ["lung_scc"]
 
 
 def test_public_weights_go_the_same_way(patches, monkeypatch, capsys):
@@ -463,7 +507,7 @@ def test_public_weights_go_the_same_way(patches, monkeypatch, capsys):
     assert set(results(patches / "vit")) == {"probe", "few_shot", "about"}
 
 
-def test_bad_input_is_one_sentence(run, patches, monkeypatch):
+def test_bad_input_is_one_sentence(run, patches, monkeypatch):  # noqa: F811
     table, none = patches / "index.csv", patches / "none"
     (patches / "bare.csv").write_text("file\npatches/lung_n/0.png\n")
     draw(patches / "one/single/x.png", (9, 9, 9))
@@ -482,7 +526,7 @@ def test_bad_input_is_one_sentence(run, patches, monkeypatch):
         ("random", "--data", table, "--features", "text_guided"): "no keywords.json",
         (run, "--data", table, "--folds", "1"): "--folds 1 is too few",
         (run, "--data", table, "--group", "ward"): "no column ward",
-        (run, "--data", patches / "bare.csv"): "neither labels nor captions",
+        (run, "--data", patches / "bare.csv"): "neither labels of two classes",
         (run, "--data", table, "--train", none): "none does not exist",
     }
     for argv, message in wrong.items():
@@ -497,10 +541,7 @@ def test_bad_input_is_one_sentence(run, patches, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
-# --------------------------------------------------------------------------------------------------
-# Fine-tuning
-
-
+# ---- Fine-tuning ----
 def test_lower_layers_learn_more_slowly_and_vectors_do_not_decay():
     vision = networks.ViT(32, 16, 64, 3, 1, clip=True)
     vision.proj = torch.nn.Parameter(torch.zeros(8, 64))
@@ -555,7 +596,7 @@ def test_fine_tuning_learns_and_leaves_the_model_alone():
         assert torch.equal(old, new)
 
 
-def test_the_command_of_fine_tuning(run, patches, monkeypatch, capsys):
+def test_the_command_of_fine_tuning(run, patches, monkeypatch, capsys):  # noqa: F811
     (patches / "patches/lung_n/0.png").write_bytes(b"\x89PNG broken")
     argv = [run, "--data", patches / "index.csv", "--out", patches, "--folds", "2"]
     command(monkeypatch, finetune, *argv, "--epochs", "1")

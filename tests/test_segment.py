@@ -4,6 +4,7 @@ pytest tests/test_segment.py
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,34 +20,50 @@ from protocols.masks import Cells
 
 
 def test_windows_cover_the_picture_from_inside():
-    across, down, cells, corner = masks.windows((100, 40), 40)
-    # Cells of 10 pixels, windows of four.
-    assert (across.tolist(), down.tolist()) == (list(range(7)), [0])
-    assert (cells, corner) == ((10, 4), (0.0, 0.0))
-    # The last hangs over; a low picture gets one, centred.
-    across, down, cells, corner = masks.windows((101, 20), 40)
-    assert (len(across), cells[0], len(down), corner) == (8, 11, 1, (0.0, -10.0))
+    """A window's number says where it lies: of a picture at 20x, side 40, cells of 10 pixels."""
+    for size, down, across, corner in (
+        ((100, 40), 1, 7, (0.0, 0.0)),
+        # The last hangs over; a low picture gets one, centred.
+        ((101, 20), 1, 8, (0.0, -10.0)),
+    ):
+        spots = []
+
+        def read(x, y, side, out, spots=spots):
+            spots.append((x, y, side))
+            return np.zeros((out, out, 3), np.uint8)
+
+        picture = SimpleNamespace(name="p", size=size, mpp=0.5, read=read)
+        cells = masks.scan(picture, 20, 40, lambda x: x[:, 0, 0, :1], cells=4)
+        assert cells.values.shape == (down, across, 1)
+        assert (cells.side, cells.corner, cells.size) == (10, corner, size)
+        assert spots == [(corner[0] + 10 * x, corner[1], 40) for x in range(across)]
 
 
 def test_a_label_map_is_each_pixels_own_cell():
     values = np.zeros((2, 4, 2))
     values[0, 1, 1] = values[1, 3, 1] = 1.0
-    cells = Cells(values, 10, (0.0, 0.0))
-    truth = np.zeros((20, 40), int)
+    cells = Cells(values, 10, (0.0, 0.0), (40, 20))
+    truth = np.zeros((20, 40), np.uint8)
     truth[:10, 10:20] = truth[10:, 30:] = 1
-    assert (masks.label_map([cells], (40, 20), (20, 40), band=3) == truth).all()
+    found, matrix = masks.label_pixels([cells], truth, 2, band=3)
+    assert (found == truth).all() and matrix.tolist() == [[600, 0], [0, 200]]
     # A mask at half the picture's size.
-    assert (masks.label_map([cells], (40, 20), (10, 20)) == truth[::2, ::2]).all()
+    assert (masks.label_pixels([cells], truth[::2, ::2], 2)[0] == truth[::2, ::2]).all()
     # Scores of two magnifications are added.
     coarse = np.zeros((1, 2, 2))
     coarse[..., 0] = 2.0
-    both = [cells, Cells(coarse, 20, (0.0, 0.0))]
-    assert (masks.label_map(both, (40, 20), (20, 40)) == 0).all()
+    both = [cells, Cells(coarse, 20, (0.0, 0.0), (40, 20))]
+    assert (masks.label_pixels(both, truth, 2)[0] == 0).all()
     # Most of a cell's pixels give it its class, and VOID gives none.
     truth[0, 10:19] = 0
     truth[10:, :10] = masks.VOID
     expected = [[0, 1, 0, 0], [-1, 0, 0, 1]]
-    assert segment.label_cells(truth, (40, 20), cells, 2).tolist() == expected
+    assert masks.label_cells(truth, cells, 2).tolist() == expected
+    assert masks.label_pixels([cells], truth, 2)[1].sum() == 700
+    # Twenty classes: their pairs are more than a byte can count.
+    many = Cells(np.eye(20)[None], 1, (0.0, 0.0), (20, 1))
+    row = np.arange(20, dtype=np.uint8)[None]
+    assert (masks.label_pixels([many], row, 20)[1] == np.eye(20)).all()
 
 
 @pytest.fixture
@@ -104,8 +121,9 @@ def test_the_decoder_learns_from_one_picture_for_the_other(pairs):
             tokens = F.avg_pool2d(x, 8).flatten(2).mT  # [N, 16, 3]
             return torch.cat([tokens[:, :1], tokens], 1)
 
-    pixels, last = segment.decode(Colours(), pairs[:1], pairs[1:], 2, mag=20, mpp=0.5)
-    found = segment.summarise(pixels, ["red", "blue"], [0])
+    pixels, last = segment.decode(Colours(), pairs, [([0], [1])], 2, mag=20, mpp=0.5)
+    assert pixels[0].sum() == 0
+    found = segment.summarise(pixels[1:], ["red", "blue"], [0])
     assert found["dice red"] == found["dice blue"] == 1
     assert (last[:, :192] == 0).all() and (last[:, 192:] == 1).all()
     # One group says nothing about others.
@@ -122,9 +140,8 @@ def test_tokens_lie_where_their_pixels_lie(pairs):
             tokens = x[:, :, ::8, ::8].flatten(2).mT
             return torch.cat([tokens[:, :1], tokens], 1)
 
-    with masks.open_picture(pairs[0][0], 0.5) as picture:
-        cells = segment.read_tokens(Corners(), picture, 20)
-        expected = picture.pixels[::8, ::8] / 255
+    cells = segment.read_tokens(Corners(), pairs[0][0], 20, 0.5)
+    expected = np.asarray(Image.open(pairs[0][0]))[::8, ::8] / 255
     assert (cells.side, cells.corner) == (8, (0.0, 0.0))
     assert np.allclose(cells.values, expected)
 
@@ -145,9 +162,7 @@ def test_masks_that_are_none(tmp_path):
     wrong = {
         "is no mask but": Image.new("RGB", (4, 4)),
         "holds 7, but classes are 0 to 2": Image.fromarray(np.full((4, 4), 7, np.uint8)),
-        "is no mask but uint16|is no mask but int32": Image.fromarray(
-            np.full((4, 4), 700, np.uint16)
-        ),
+        "is no mask but PNG, u?int": Image.fromarray(np.full((4, 4), 700, np.uint16)),
     }
     for message, image in wrong.items():
         image.save(tmp_path / "m.png")
@@ -157,18 +172,36 @@ def test_masks_that_are_none(tmp_path):
     Image.new("RGB", (90, 120)).save(tmp_path / "p.png")
     pair = (tmp_path / "p.png", tmp_path / "m.png")
     with pytest.raises(ValueError, match="m.png is 80 x 40 pixels, its picture .*p.png 90 x 120"):
-        masks.check_masks([pair], 3, 0.5)
+        masks.check_masks([pair], "abc", 0.5)
     with pytest.raises(ValueError, match="p.png does not say its microns per pixel: pass --mpp"):
-        masks.check_masks([pair], 3)
+        masks.check_masks([pair], "abc")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "m.jpg")
+    with pytest.raises(ValueError, match="m.jpg is no mask but JPEG"):
+        masks.read_mask(tmp_path / "m.jpg", 3)
     (tmp_path / "m.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="m.png cannot be read as a mask"):
         masks.read_mask(tmp_path / "m.png", 3)
 
 
+def test_masks_that_hold_one_class_are_refused(pairs, capsys):
+    """Of masks of 0 and 255 only 0 counts, and whatever is found there is right."""
+    held = masks.check_masks(pairs, ["red", "blue", "green"], 0.5)
+    assert held.tolist() == [[True, True, False]] * 2
+    assert capsys.readouterr().out == "no mask holds green\n"
+    for _, path in pairs:
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 1, 255, mask)).save(path)
+    message = (
+        "1.mask.png and all other masks hold only 0 and 255: write all classes as 0 to 1, since"
+    )
+    with pytest.raises(ValueError, match=message):
+        masks.check_masks(pairs, ["red", "blue"], 0.5)
+
+
 def test_a_flat_picture_reads_as_a_slide_does(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "p.png")
-    flat = masks.open_picture(tmp_path / "p.png", 0.5)
+    flat = masks.Flat(tmp_path / "p.png", 0.5)
     assert flat.size == (30, 20) and flat.mags == (5, 10, 20)
     found = flat.read(-4, 14, 12, 12)
     assert (found[:6, 4:] == pixels[14:, :8]).all()
@@ -190,7 +223,9 @@ def test_the_command(run, pairs, tmp_path):  # noqa: F811
     assert set(rows["by text"]) == {"5x", "10x", "20x", "merged"}
     assert rows["decoder"]["10x"]["n"] == 2
     assert {"dice", "dice red", "dice blue"} == set(rows["decoder"]["10x"]["interval"])
-    assert found["about"]["segment"]["groups"] == "patient"
+    about = found["about"]["segment"]
+    assert (about["groups"], about["split"]) == ("patient", "2 folds by patient")
+    assert about["unlearned"] == [] and about["copies"] == 0
     assert Image.open(tmp_path / "out/segments.png").width > 1000
     lines = ["file,label", "0.png,a"]
     (tmp_path / "masks.csv").write_text("\n".join(lines))
