@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
 import model as networks
@@ -46,7 +45,7 @@ def cache_features(see, bags, name, device="cpu", workers=0, rank=0, world=1, at
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             rows.append(see(padded)[: len(images)].to(torch.float16))
 
-    for item in tqdm(loader, desc="features", unit="bag", disable=rank > 0 or None):
+    for item in data.progress(loader, "features", unit="bag", disable=rank > 0):
         image = item["image"][None].to(device, non_blocking=True)
         # Read valid patches alone, in full batches across the bags of a shard.
         waiting.append(data.pyramid(image)[0][item["valid"].to(device)])

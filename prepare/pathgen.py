@@ -118,7 +118,7 @@ def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
     settings = dict(fov_px=fov_px, patch_px=patch_px, quality=90, source="pathgen")
     captions = []
     squares = 0
-    for path in tqdm(paths, unit="slide", disable=None):
+    for path in data.progress(paths, "slides", unit="slide"):
         try:
             place = (path, wanted[path.stem], Path(out), mpps[path.name])
             captions.append(make_shard(*place, settings))

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import losses
@@ -76,7 +75,7 @@ def learn(model, bags, captions, tokenizer, steps=200, seed=0, lr=3e-3):
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
     rng = np.random.default_rng(seed)
     warmup = steps // 10
-    for step in tqdm(range(steps), desc="words", unit="step"):
+    for step in data.progress(range(steps), "words", unit="step"):
         first, second = draw_pairs(rng, of_slide, bags, captions)
         ids = tokenizer.batch(first + second, model.text.context)
         ids = text.trim(ids, tokenizer.end).to(model.proj.weight.device)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import data
 from prepare import paint
@@ -117,7 +116,7 @@ def make_slides(folder, count, size=1024, workers=1):
             raise ValueError(f"{path} is not of size {size}: choose another folder")
     painter = functools.partial(paint.paint_slide, 0, size=size)
     painted = run_jobs(painter, todo, workers, threads=1)
-    bar = tqdm(painted, total=len(todo), desc="slides", unit="slide", disable=not todo)
+    bar = data.progress(painted, "slides", len(todo), unit="slide", disable=not todo)
     for i, (svs, truth) in zip(todo, bar, strict=True):
         data.write_whole(paths[i].with_suffix(".truth.npz"), truth)
         data.write_whole(paths[i], svs)
@@ -226,7 +225,7 @@ def describe(folder, slides):
     slides: their folder. Shards that have both files are skipped.
     """
     bags = data.Bags(folder)
-    for number, shard in enumerate(tqdm(bags.shards, desc="captions", unit="shard")):
+    for number, shard in enumerate(data.progress(bags.shards, "captions", unit="shard")):
         paths = (shard.with_suffix(".captions.jsonl"), shard.with_suffix(".truth.jsonl"))
         if all(path.exists() for path in paths):
             continue
@@ -273,7 +272,7 @@ def write_masks(folder):
     They are what `python -m protocols.segment MODEL --data masks.csv --classes tissue.json` reads.
     """
     lines = ["file,mask"]
-    for path in tqdm(sorted(folder.glob("*.svs")), desc="masks", unit="slide"):
+    for path in data.progress(sorted(folder.glob("*.svs")), "masks", unit="slide"):
         _, tissue, _ = read_slide_truth(path)
         mask = path.with_suffix(".mask.png")
         data.write_whole(mask, functools.partial(Image.fromarray(tissue).save, format="PNG"))

@@ -18,7 +18,7 @@ import torch
 
 import evaluate
 import model as networks
-from protocols.labelled import read_square
+from protocols.embed import Tiles
 
 
 @torch.no_grad()
@@ -29,13 +29,12 @@ def describe(model, tokenizer, images, prefix="", max_tokens=64, top_p=0.0, gene
     together have probability top_p [1]. A caption ends at its end token, after max_tokens, or
     where the text tower ends. ValueError if the prefix leaves no room. The model is in eval mode.
     """
-    context = model.text.context
     # Begin all captions with the start token and the prefix.
     start = torch.tensor([tokenizer.start, *tokenizer.encode(prefix)], device=images.device)
-    known = len(start)
+    known, context = len(start), model.text.context
     if known >= context:
-        reads = f"the text tower reads {context}"
-        raise ValueError(f"the prefix has {known - 1} tokens and {reads}: shorten it")
+        has = f"the prefix has {known - 1} tokens"
+        raise ValueError(f"{has} and the text tower reads {context}: shorten it")
     ids = start.repeat(len(images), 1)  # [N, T]
     # Encode the pictures once; encode the words anew for each word, which is cheap enough to read.
     image_tokens = model.to_fusion(model.vision_tokens(images))  # [N, V, D]
@@ -71,14 +70,13 @@ def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
     if keywords:
         w = evaluate.embed_texts(model, tokenizer, keywords)  # [K, d]
     failed = 0
-    for path in paths:
-        try:
-            image = read_square(path, model.vision.size)[None].to(device) / 255
-        except ValueError as e:
-            # A bad file costs one picture.
-            print(f"error: {e}", file=sys.stderr)
+    for path, found in zip(paths, Tiles(paths, model.vision.size), strict=True):
+        # A bad file costs one picture.
+        if isinstance(found, str):
+            print(f"error: {found}", file=sys.stderr)
             failed += 1
             continue
+        image = found[0].to(device) / 255  # [1, 3, S, S]
         caption = describe(model, tokenizer, image, prefix, top_p=top_p, generator=generator)[0]
         print(f"{path}\n  {' '.join(caption.split())}")
         if keywords:

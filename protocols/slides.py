@@ -87,7 +87,7 @@ def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
         raise ValueError(f"{slide.path} has no 5x square with tissue: {look}, or give --fov-px")
     # Keep scores, not features: a slide has thousands of parents.
     s = np.full((len(parents), data.NODES, len(vectors)), np.nan, np.float32)
-    bar = tqdm(parents, slide.name, unit="bag", leave=False, disable=None)
+    bar = data.progress(parents, slide.name, unit="bag", leave=False)
     for row, (x, y, side, tissue) in zip(s, bar, strict=True):
         image = torch.from_numpy(slide.read(x, y, side, 8 * peer.model.vision.size))
         valid = data.valid_nodes(slide.mags, tissue)
@@ -159,7 +159,7 @@ def ask_slides(peer, names, vectors, about, args, out):
     paths = find_slides(args.slides)
     mpps = mpp_table(args.mpp, [path.name for path in paths])
     failed = 0
-    for path in tqdm(paths, "slides", unit="slide", disable=None):
+    for path in data.progress(paths, "slides", unit="slide"):
         name = path.name
         try:
             # A slide counts as done only while its file is the same.

@@ -4,6 +4,7 @@ pytest tests/test_caption.py
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,12 +12,11 @@ import torch
 from conftest import script
 from PIL import Image
 from test_model import tiny
+from test_slides import run as untrained  # noqa: F401, a fixture
 
 import evaluate
-import model as networks
-import text
 from protocols.caption import describe, print_captions
-from protocols.labelled import read_square
+from protocols.embed import Tiles
 
 
 class Words:
@@ -118,15 +118,11 @@ KEYWORDS = ["mucin", "large nucleus", "sheet"]
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Make a run folder as train.py leaves it, untrained."""
-    words = text.Tokenizer.train(["the image shows sheets of large nuclei and mucin"] * 3, 560)
-    torch.manual_seed(0)
-    model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
-    (tmp_path / "tokenizer.json").write_text(words.to_json())
-    torch.save({"model": model.state_dict(), "config": {"size": "synthetic"}}, tmp_path / "ckpt.pt")
-    (tmp_path / "keywords.json").write_text(json.dumps(KEYWORDS))
-    return tmp_path
+def run(untrained, tmp_path):  # noqa: F811
+    """Copy a run folder as train.py leaves it, untrained, and give it keywords."""
+    folder = shutil.copytree(untrained, tmp_path / "run")
+    (folder / "keywords.json").write_text(json.dumps(KEYWORDS))
+    return folder
 
 
 def test_pictures_of_any_kind_are_captioned_and_bad_ones_cost_themselves(run, capsys):
@@ -134,7 +130,7 @@ def test_pictures_of_any_kind_are_captioned_and_bad_ones_cost_themselves(run, ca
     tall[25:65] = 255
     Image.fromarray(tall).save(run / "tall.png")
     # The centred square is white, the parts cut off are black.
-    assert read_square(run / "tall.png", 64).min() == 255
+    assert Tiles([run / "tall.png"], 64)[0][0][..., 2:-2, :].min() == 255
     Image.fromarray(np.full((300, 300, 4), 200, np.uint8)).save(run / "alpha.png")
     Image.fromarray(np.full((70, 64), 128, np.uint8)).save(run / "grey.jpg")
     Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(run / "deep.png")
@@ -159,7 +155,7 @@ def test_keywords_shown_are_the_closest(run, capsys):
     print_captions(run, [run / "a.png"], best=2)
     shown = capsys.readouterr().out.splitlines()[2]
     model, words = evaluate.load_run(run)
-    image = read_square(run / "a.png", 64)[None] / 255
+    image = Tiles([run / "a.png"], 64)[0][0] / 255
     w = model.encode_text(words.batch(KEYWORDS, model.text.context))
     cosine = (model.encode_image(image) @ w.T)[0].tolist()
     best = sorted(range(3), key=lambda i: -cosine[i])[:2]
