@@ -419,18 +419,24 @@ def save_results(folder, name, found, about):
     The file is {name: found, ..., "about": {name: {"model", "fingerprint", "data", ...}, ...}}.
     """
     path = Path(folder) / "results.json"
-    try:
-        results = json.loads(path.read_text()) if path.exists() else {"about": {}}
-        # Results of other weights give way.
-        for other, said in list(results["about"].items()):
-            if said["fingerprint"] != about["fingerprint"]:
-                del results[other], results["about"][other]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged: move it away and measure again") from None
-    results["about"][name] = about
-    # JSON knows no NaN: write null.
-    ready = json.loads(json.dumps(results | {name: found}), parse_constant=lambda constant: None)
-    data.write_whole(path, json.dumps(ready, indent=1))
+    # Two protocols that end together must not lose each other.
+    with data.lock(folder, ".results.lock", wait=True):
+        try:
+            results = json.loads(path.read_text()) if path.exists() else {"about": {}}
+            # Results of other weights give way.
+            for other, said in list(results["about"].items()):
+                if said["fingerprint"] != about["fingerprint"]:
+                    del results[other], results["about"][other]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is damaged: move it away and measure again") from None
+        before, now = results["about"].get(name, {}).get("n", 0), about.get("n", 0)
+        if before > now:
+            print(f"{path}: {name} of {now} replaces that of {before}", file=sys.stderr)
+        results["about"][name] = about
+        # JSON knows no NaN: write null.
+        ready = json.dumps(results | {name: found})
+        ready = json.loads(ready, parse_constant=lambda constant: None)
+        data.write_whole(path, json.dumps(ready, indent=1))
 
 
 def print_table(title, columns, rows):
