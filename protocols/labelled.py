@@ -100,11 +100,6 @@ def read_pictures(path, train=None, group=None):
     return found
 
 
-def read_rows(path, group):
-    """Read a folder or a CSV -> (rows, the column of groups or None)."""
-    return read_table(path, group) if path.is_file() else (read_folders(path), None)
-
-
 def mark_copies(rows):
     """Give rows the number of the first row whose file has the same bytes, as "original"."""
     # Most files differ in size, and most others in 4 KB from their middle: few are read whole.
@@ -186,8 +181,10 @@ def read_csv(path, needed):
     return [(number, {k: cell.strip() for k, cell in line.items()}) for number, line in lines]
 
 
-def read_table(path, group=None):
-    """Read a CSV of pictures -> (rows, the column of groups or None)."""
+def read_rows(path, group):
+    """Read a folder or a CSV of pictures -> (rows, the column of groups or None)."""
+    if not path.is_file():
+        return read_folders(path), None
     lines = read_csv(path, ("file", group.lower()) if group else ("file",))
     head = lines[0][1].keys()
     by = group.lower() if group else next((name for name in GROUPS if name in head), None)
@@ -213,14 +210,14 @@ def read_table(path, group=None):
 
 def find_data_set(labels):
     """Find the smallest data set of prompts.json that has all labels -> its name and classes."""
-    wanted = {label.lower() for label in labels}
-    fitting = []
-    for name, classes in data.read_classes(PROMPTS)["facts"].items():
-        # Numbers as labels belong to several data sets and do not say what they mean.
-        fits = wanted <= {label.lower() for label in classes}
-        if fits and not all(map(str.isdigit, wanted)):
-            fitting.append((len(classes), name, classes))
-    return min(fitting, default=(0, None, None))[1:]
+    facts = data.read_classes(PROMPTS)["facts"]
+    wanted = set(map(str.lower, labels))
+    # Numbers as labels belong to several data sets and do not say what they mean.
+    if all(map(str.isdigit, wanted)):
+        return None, None
+    fitting = [name for name in facts if wanted <= set(map(str.lower, facts[name]))]
+    name = min(fitting, key=lambda name: len(facts[name]), default=None)
+    return name, facts.get(name)
 
 
 def order_classes(labels, prompts=None):

@@ -59,7 +59,8 @@ def find_unlearned(pairs, holds, names):
     lost = [holds[test].any(0) & ~holds[train].any(0) for train, test in pairs]
     found = np.array(names)[np.any(lost, 0)].tolist()
     if found:
-        print(f"too few patients or rows to learn wherever they are tested: {', '.join(found)}")
+        few = "too few patients or rows"
+        print(f"classes that a fold tests but could not learn ({few}): {', '.join(found)}")
     return found
 
 

@@ -484,7 +484,7 @@ def test_a_split_of_its_own_and_groups_that_leak_are_told(run, patches, monkeypa
     for module in (pictures, finetune):
         more = ("--epochs", 1) if module is finetune else ()
         command(monkeypatch, module, "random", "--data", patches / "one.csv", *argv[3:], *more)
-        assert "wherever they are tested: lung_scc\n" in capsys.readouterr().out
+        assert "(too few patients or rows): lung_scc\n" in capsys.readouterr().out
     about = results(patches / "out")["about"]
     assert about["probe"]["unlearned"] == about["finetune"]["unlearned"] == ["lung_scc"]
 

@@ -208,6 +208,9 @@ def test_a_flat_picture_reads_as_a_slide_does(tmp_path):
     assert (found[6:] == 255).all() and (found[:, :4] == 255).all()
     assert (flat.read(40, 0, 8, 8) == 255).all() and (flat.read(-90, 0, 8, 8) == 255).all()
     assert (flat.read(2, 4, 8, 4) == resize(pixels[4:12, 2:10], 4)).all()
+    # What is transparent is glass, which is white.
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "p.png")
+    assert (masks.Flat(tmp_path / "p.png", 0.5).read(0, 0, 8, 8) == 255).all()
 
 
 def test_the_command(run, pairs, tmp_path):  # noqa: F811
