@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import data
 from prepare.slide import Slide, thumbnail
-from prepare.tile import choose_parents, tissue_mask
+from prepare.tile import choose_parents, remarks, tissue_mask
 
 PANEL = 448
 GAP = 6
@@ -130,6 +130,8 @@ def main():
             return
         shape = (args.fov_px, args.parents, args.min_tissue, args.seed)
         bags = choose_parents(slide, *shape)
+        if remark := remarks(slide, bags, args.fov_px, args.min_tissue):
+            print(f"{slide.path}: {remark}", file=sys.stderr)
         file = io.BytesIO()
         draw_page(slide, args.fov_px, bags).save(file, "PNG")
     data.write_whole(args.out, file.getvalue())

@@ -5,9 +5,11 @@ x, y, side are pixels of a slide's finest level. Magnification means microns per
 """
 
 import contextlib
+import html
 import logging
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,20 +18,59 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import MAGS, mpp_of
+from data import MAGS, mpp_of, on_white
 
 # Slide files of a folder: tifffile reads the first seven kinds, OpenSlide the others.
 SUFFIXES = ".svs .tif .tiff .btf .ndpi .scn .qptiff .mrxs .bif .vms .vmu .dcm .czi .svslide".split()
 # A bad file is reported once, by this module.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
-# What a TIFF's description says of its scale: pattern, microns of its unit, name.
-SCALES = (
-    (r"\bMPP\s*=\s*([\d.]+)", 1, "Aperio MPP"),
-    (r'PhysicalSizeX="([\d.]+)"(?!\s+PhysicalSizeXUnit="[nmc]m")', 1, "OME PhysicalSizeX"),
-    (r'PhysicalSizeX="([\d.]+)"\s+PhysicalSizeXUnit="nm"', 0.001, "OME PhysicalSizeX"),
-    (r'DICOM_PIXEL_SPACING"[^>]*>\D*([\d.]+)', 1000, "Philips DICOM_PIXEL_SPACING"),
-)
+# Compressions of TIFFs: JPEG; JPEG 2000 in general, with Aperio's YCbCr and with its RGB.
+JPEG = (6, 7)
+JPEG_2000 = (34712, 33003, 33005)
+# In a JPEG's head, Adobe's marker, or a first colour that is finer than the others.
+YCBCR = re.compile(rb"\xff\xee\0\x0eAdobe|\xff[\xc0-\xc2]..\x08.{4}\x03.[^\x11]", re.DOTALL)
+# Microns of the units that scales are written in.
+MICRONS = {"nm": 0.001, "um": 1, "mm": 1000, "cm": 10000, "in": 25400, "inch": 25400}
+
+
+def number(text):
+    """Read a number as its writer meant it: 0.25, 0,25 or 2.5e-1 -> float, or None."""
+    try:
+        return float(str(text).replace(",", "."))
+    except ValueError:
+        return None
+
+
+def written_scales(text, size):
+    """List what a TIFF's text says of a picture's scale -> [(source, x, y, unit)], all text."""
+    found = []
+    for value in re.findall(r"\bMPP\s*=\s*([^\s|;]+)", text):
+        found.append(("Aperio MPP", value, value, "um"))
+    # OME describes several pictures: take those of this size, if one is.
+    pictures = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", text)
+    same = [p for p in pictures if f'SizeX="{size[0]}"' in p and f'SizeY="{size[1]}"' in p]
+    for picture in same or pictures:
+        its = dict(re.findall(r'(PhysicalSize\w+)\s*=\s*"([^"]*)"', picture))
+        if x := its.get("PhysicalSizeX"):
+            # The sign of micro is a letter of its own, or the Greek one.
+            unit = re.sub("[\u00b5\u03bc]", "u", html.unescape(its.get("PhysicalSizeXUnit", "um")))
+            found.append(("OME PhysicalSizeX", x, its.get("PhysicalSizeY", x), unit))
+    # Philips quotes the distance of rows, then of columns.
+    for spacing in re.findall(r'DICOM_PIXEL_SPACING"[^>]*>([^<]*)', text):
+        values = html.unescape(spacing).replace('"', " ").split() or [spacing]
+        found.append(("Philips DICOM_PIXEL_SPACING", values[-1], values[0], "mm"))
+    return found
+
+
+def reduction(size, level):
+    """Return how many times smaller a level of a picture is, or 0 if its shape is another."""
+    w, h = level
+    d = size[0] / w
+    # Odd sizes lose a column when they are halved: 4443 / 2221 is 2.
+    if abs(d - round(d)) * w <= round(d):
+        d = float(round(d))
+    return d if abs(size[1] / d - h) <= 1 + 0.01 * h else 0
 
 
 class _Tiff:
@@ -54,40 +95,65 @@ class _Tiff:
             end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
             if not 0 < end <= os.path.getsize(path):
                 raise EOFError(f"its tiles reach to byte {end:,}")
+            # A JPEG knows its colours better than the TIFF around it. RGB is never subsampled.
+            if page.compression in JPEG and page.photometric == 2:
+                stored = next(k for k, size in enumerate(page.databytecounts) if size)
+                if YCBCR.search((page.jpegtables or b"") + self._content(page, stored)[:4096]):
+                    page.photometric = tifffile.PHOTOMETRIC.YCBCR
             # JPEGs decode to RGB whatever they store. The tiles of Ventana's BIF overlap.
             channels = page.samplesperpixel
             rgb = page.photometric == 2 and channels in (3, 4)
-            rgb |= page.compression in (6, 7, 33003, 33005, 34712) and channels == 3
+            rgb |= page.compression in JPEG + JPEG_2000 and channels == 3
             bif = self.file.pages.first.is_bif
             if not rgb or page.dtype != np.uint8 or page.planarconfig != 1 or bif:
                 kind = f"{page.photometric.name}, {page.compression.name}"
                 raise NotImplementedError(f"{channels} x {page.dtype}, {kind}")
+            # Of JPEG 2000 the tile knows, not the TIFF.
+            if page.compression in JPEG_2000:
+                page.subsampling = (1, 1)
             # tifffile prepares a decoder at first use: now, before threads race for it.
             _ = page.decode
             strip = (page.imagewidth, page.rowsperstrip)
             self.pieces.append((page.tilewidth, page.tilelength) if page.is_tiled else strip)
         self.tile = self.pieces[0]
-        self._find_scales(series)
-
-    def _find_scales(self, series):
-        """Collect what the file says of its scale, the most trusted first."""
-        first = self.file.pages.first
-        text = first.description or ""
-        # Of several levels or pictures the finest is the slide.
-        finest = {}
-        for pattern, microns, name in SCALES:
-            for value in re.findall(pattern, text):
-                finest[name] = min(float(value) * microns, finest.get(name, 1e9))
-        self.scales = [(mpp, name) for name, mpp in finest.items()]
-        # The resolution is in pixels an inch (2) or a centimetre (3).
-        unit = {2: 25400, 3: 10000}.get(int(first.tags.valueof("ResolutionUnit", 2)), 0)
-        number, per = series.keyframe.tags.valueof("XResolution", (0, 1))
-        # Other values are a printer's 72 dpi.
-        if 0.1 <= unit * per / max(number, 1) <= 2.5:
-            self.scales.append((unit * per / number, "TIFF XResolution"))
+        self.scales = self._find_scales(series.keyframe)
+        self.others = [] if self.file.is_svs else self._find_others(series)
         # Hamamatsu keeps the objective's magnification in tag 65421.
-        found = re.findall(r"\bAppMag\s*=\s*([\d.]+)", text)
-        self.objective = float(found[0] if found else first.tags.valueof(65421, 0))
+        first = self.file.pages.first
+        found = re.findall(r"\bAppMag\s*=\s*([\d.,e+-]+)", first.description or "")
+        self.objective = number(found[0] if found else first.tags.valueof(65421)) or 0
+
+    def _find_scales(self, page):
+        """List what the file says of a page's scale, the most trusted first -> [(x, y, source)]."""
+        text = self.file.pages.first.description or ""
+        written = written_scales(text, (page.imagewidth, page.imagelength))
+        scales = []
+        for source, *values, unit in written:
+            x, y = map(number, values)
+            if x and y and unit in MICRONS:
+                scales.append((x * MICRONS[unit], y * MICRONS[unit], source))
+        # Of several levels or pictures the finest is the slide. Keep what cannot be read as it is.
+        unread = [(0, 0, " ".join(dict.fromkeys(row))) for row in written]
+        scales = sorted(scales)[:1] or unread[:1]
+        # The resolution is in pixels an inch (2) or a centimetre (3).
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
+            unit = {2: 25400, 3: 10000}.get(page.tags.valueof("ResolutionUnit", 2), 0)
+            across = page.tags.valueof("XResolution")
+            down = page.tags.valueof("YResolution", across)
+            x, y = (unit * per / pixels for pixels, per in (across, down))
+            # Other values are a printer's 72 dpi.
+            if 0.1 <= x <= 2.5:
+                scales.append((x, y, "TIFF XResolution"))
+        return scales
+
+    def _find_others(self, series):
+        """List the sizes of pictures that are as fine as this one and no levels of it."""
+        # Focal planes, too, are pages of one size.
+        pages = [s.keyframe for s in self.file.series for _ in range(len(s) - (s is series))]
+        pages = [page for page in pages if page.is_tiled == series.keyframe.is_tiled]
+        pages = [page for page in pages if self._find_scales(page)[:1] == self.scales[:1] != []]
+        sizes = [(page.imagewidth, page.imagelength) for page in pages]
+        return [size for size in sizes if reduction(self.sizes[0], size) < 1.5]
 
     def region(self, level, x, y, n, pool):
         """Read the square (x, y, n) of a stored level -> uint8 [n, n, 3], white outside."""
@@ -110,20 +176,47 @@ class _Tiff:
         list(pool.map(draw_row, range(max(0, y // h), -(-min(y + n, H) // h))))
         return canvas
 
+    def _content(self, page, k):
+        # pread moves no file position, so threads may share the file.
+        place = (page.databytecounts[k], page.dataoffsets[k])
+        return os.pread(self.file.filehandle.fileno(), *place)
+
     def _decode(self, page, k):
         """Decode tile k of a page -> uint8 [h, w, 3], white if nothing is stored."""
-        # pread moves no file position, so threads may share the file.
-        data = os.pread(self.file.filehandle.fileno(), page.databytecounts[k], page.dataoffsets[k])
+        data = self._content(page, k)
         tables = dict(jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         tile, _, (_, h, w, _) = page.decode(data or None, k, **tables)
         if tile is None:
             return np.full((h, w, 3), 255, np.uint8)
         if tile.shape[1:3] != (h, w):
             raise ValueError(f"tile {k} is of {tile.shape}")
-        tile = tile[0, :, :, :3]
-        # Aperio's older JPEG 2000 holds Y, Cb, Cr and does not say so.
-        if page.compression == 33003:
-            tile = np.asarray(Image.frombytes("YCbCr", (w, h), tile.tobytes()).convert("RGB"))
+        tile = tile[0]
+        # Damage may still decode. libjpeg makes middle grey what is missing at the end.
+        jpeg = page.compression in JPEG
+        if jpeg and tile[-1, -1, 0] == 128:
+            grey = tile == 128
+            if grey[-8:, -8:].all() and not grey.all():
+                raise ValueError(f"tile {k} ends early")
+        # Long zeros are damage, unless they are codes of one flat colour. deflate has a checksum.
+        if bytes(64) in data and (jpeg or page.compression in (5, *JPEG_2000)):
+            flat = tile.std() < 4
+            if jpeg:
+                # See what zeros alone become, behind the head of the tile.
+                head = data[: data.find(b"\xff\xda") + 14] if page.jpegheader is None else b""
+                zeros = page.decode(head + bytes(len(data)), k, **tables)[0][0, :8, :16]
+                flat = (zeros == zeros[0, 0]).all()
+            if not flat:
+                raise ValueError(f"tile {k} holds zeros")
+        # Aperio's older JPEG 2000 holds Y, Cb, Cr and does not say so. If its head (SIZ) says that
+        # colours are coarser, the decoder has converted them.
+        if page.compression == 33003 or (page.compression == 34712 and page.photometric == 6):
+            head = data.find(b"\xff\x4f\xff\x51")
+            if data[head + 46 : head + 48] == b"\1\1":
+                tile = np.asarray(Image.frombytes("YCbCr", (w, h), tile.tobytes()).convert("RGB"))
+        # A fourth channel is opacity. Colours are stored times it, or (2) as they are.
+        if tile.shape[2] == 4:
+            mode = "RGBA" if page.extrasamples == (2,) else "RGBa"
+            tile = np.asarray(on_white(Image.frombytes(mode, (w, h), tile.tobytes())))
         return tile
 
 
@@ -138,17 +231,19 @@ class _OpenSlide:
         self.sizes = self.file.level_dimensions
         width = int(found.get("openslide.level[0].tile-width", 256))
         self.tile = (width, int(found.get("openslide.level[0].tile-height", 256)))
-        mpp = float(found.get("openslide.mpp-x", 0))
-        self.scales = [(mpp, "OpenSlide mpp-x")] if mpp else []
-        self.objective = float(found.get("openslide.objective-power", 0))
+        x = number(found.get("openslide.mpp-x", 0))
+        y = number(found.get("openslide.mpp-y", x))
+        self.scales = [(x, y or x, "OpenSlide mpp-x")] if x else []
+        self.objective = number(found.get("openslide.objective-power", 0)) or 0
+        # It shows all pictures of a file as one.
+        self.others = []
 
     def region(self, level, x, y, n, pool):
         # OpenSlide takes the corner in pixels of the finest level.
         d = self.file.level_downsamples[level]
         picture = self.file.read_region((round(x * d), round(y * d)), level, (n, n))
-        # What was not scanned is transparent: lay it on white.
-        white = Image.new("RGBA", (n, n), "white")
-        return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+        # What was not scanned is transparent.
+        return np.asarray(on_white(picture))
 
 
 def _open(path):
@@ -173,8 +268,8 @@ class Slide:
 
     mpp is of the finest level, by default what the file says. threads decode rows of tiles.
     .size (w, h); .mpp and .mpp_source, where it is written; .doubt, a sentence if the file
-    contradicts itself about its scale, else ""; .mags that it truly holds; .levels [(downsample,
-    (w, h))], finest first; .tile (w, h) of the finest. Raises ValueError with file and remedy.
+    contradicts itself or holds more than this picture, else ""; .mags that it truly holds; .levels
+    [(downsample, (w, h))], finest first; .tile (w, h) of the finest. ValueError with the remedy.
     """
 
     def __init__(self, path, mpp=None, threads=None):
@@ -186,14 +281,11 @@ class Slide:
         # Keep the levels of the picture, and where each is stored.
         self.levels = []
         self.stored = []
-        for i, (w, h) in enumerate(self.source.sizes):
-            d = self.size[0] / w
-            # Odd sizes lose a column when they are halved: 4443 / 2221 is 2.
-            if abs(d - round(d)) * w <= round(d):
-                d = float(round(d))
+        for i, size in enumerate(self.source.sizes):
+            d = reduction(self.size, size)
             # Leave out what repeats a level or has another shape: label, macro, focus.
-            if abs(self.size[1] / d - h) <= 1 + 0.01 * h and (d, (w, h)) not in self.levels:
-                self.levels.append((d, (w, h)))
+            if d and (d, size) not in self.levels:
+                self.levels.append((d, size))
                 self.stored.append(i)
         self._choose_scale(mpp)
         # Scanners call 0.20-0.28 um/px 40x and 0.45-0.55 um/px 20x: allow 20 %.
@@ -202,21 +294,28 @@ class Slide:
 
     def _choose_scale(self, given):
         """Take the given mpp, else the file's most trusted one. Nothing is guessed."""
-        scales = [] if given is None else [(float(given), "--mpp")]
-        scales += self.source.scales
+        scales = [] if given is None else [(given, given, "--mpp")]
+        scales += [scale for scale in self.source.scales if scale[0]]
+        unread = [source for x, _, source in self.source.scales if not x]
         objective = self.source.objective
         if not scales:
             hint = f"its objective suggests {10 / objective:g}" if objective > 0 else "0.25 is 40x"
+            hint += "".join(f"; it says {source}" for source in unread)
             raise ValueError(f"{self.path} does not say its microns per pixel: pass --mpp ({hint})")
-        self.mpp, self.mpp_source = scales[0]
+        self.mpp, _, self.mpp_source = scales[0]
         said = f"{self.mpp:g} um/px ({self.mpp_source})"
         if not 0.1 <= self.mpp < 2.4:
             raise ValueError(f"{self.path}: {said} is not within 0.1-2.4: pass its true --mpp")
         # Doubt it if another source, or the objective, differs by half or more.
         if objective > 0:
-            scales.append((10 / objective, f"AppMag {objective:g}"))
-        others = [f"{mpp:g} ({name})" for mpp, name in scales if not 2 / 3 <= mpp / self.mpp <= 1.5]
-        self.doubt = f"{said} contradicts {', '.join(others)}" if others else ""
+            scales.append((10 / objective, 10 / objective, f"AppMag {objective:g}"))
+        far = [f"{x:g} ({name})" for x, _, name in scales if not 2 / 3 <= x / self.mpp <= 1.5]
+        uneven = [f"{x:g} x {y:g} ({name})" for x, y, name in scales if abs(y / x - 1) > 0.02]
+        others = [f"{w} x {h}" for w, h in self.source.others]
+        read = "only {} x {} is read, not".format(*self.size)
+        doubts = ((f"{said} contradicts", far), ("this is no scale:", unread))
+        doubts += (("its pixels are not square:", uneven), (read, others))
+        self.doubt = "; ".join(f"{words} {', '.join(those)}" for words, those in doubts if those)
 
     def best_level(self, downsample):
         """Find the coarsest stored level at least as fine as a downsample -> its index."""
@@ -287,6 +386,16 @@ def slide_key(path):
     return re.sub(r"[^\w-]", "_", Path(path).stem)
 
 
+def _slide_of(path):
+    """Tell to which slide a file belongs: of DICOM, all files of a series are one."""
+    if path.suffix.lower() != ".dcm":
+        return path
+    # The number of the series is tag (0020,000E) of the head.
+    with open(path, "rb") as file:
+        found = re.search(rb"\x20\0\x0e\0UI..([\d.]+)", file.read(2**16), re.DOTALL)
+    return found[1] if found else path
+
+
 def find_slides(paths):
     """List the slides of files and folders, sorted by name. Two of one key are refused."""
     found = {}
@@ -300,25 +409,43 @@ def find_slides(paths):
             other = found.setdefault(slide_key(file), file)
             if other != file:
                 raise ValueError(f"bags of {file} and {other} would share a name: rename one")
-    return sorted(found.values(), key=lambda path: path.name)
+    # OpenSlide finds the other files of a DICOM series by any: keep the first.
+    paths = sorted(found.values(), key=lambda path: path.name, reverse=True)
+    return sorted({_slide_of(path): path for path in paths}.values(), key=lambda path: path.name)
+
+
+def bare(name):
+    """Take the suffix of a slide or a picture off its name; other dots belong to the name."""
+    known = (*SUFFIXES, ".png", ".jpg", ".jpeg")
+    return Path(name).stem if Path(name).suffix.lower() in known else name
+
+
+def match_names(rows, names, source):
+    """Match rows [(name, value)] of a table to slides, with or without suffix -> {slide: value}.
+
+    ValueError names the table, source, and its rows that match no slide, or one twice.
+    """
+    slides = {bare(name): name for name in names}
+    often = Counter(bare(name) for name, _ in rows)
+    wrong = [name for name, _ in rows if bare(name) not in slides or often[bare(name)] > 1]
+    if wrong or not rows:
+        few = ", ".join([*wrong[:5], *["..."] * (len(wrong) > 5)])
+        count = f"{len(wrong)} of {len(rows)} lines name no slide here, or one twice"
+        raise ValueError(f"{source}: {count} ({few}): correct them")
+    return {slides[bare(name)]: value for name, value in rows}
 
 
 def mpp_table(mpp, names):
     """Read --mpp: None, a number, or a CSV of slide,mpp lines -> {name: mpp or None}."""
-    if mpp is None:
-        return dict.fromkeys(names)
-    # One number is for all slides.
-    with contextlib.suppress(ValueError):
-        return dict.fromkeys(names, float(mpp))
-    table = {}
+    # One number is for all slides; without any they keep what their files say.
+    if mpp is None or number(mpp) is not None:
+        return dict.fromkeys(names, number(mpp))
+    rows = []
     for i, line in enumerate(Path(mpp).read_text("utf-8-sig", "replace").splitlines(), 1):
-        found = re.fullmatch(r'\s*"?(.+?)"?\s*,\s*([\d.]+)\s*', line)
-        if found:
-            table[found[1]] = float(found[2])
+        found = re.fullmatch(r'\s*"?(.+?)"?\s*,\s*"?([-+\d.,eE]+)"?\s*', line)
+        if found and number(found[2]):
+            rows.append((found[1], number(found[2])))
         # The first line may be a heading.
-        elif line.strip() and i > 1:
+        elif line.strip() and (i > 1 or re.search(r"\d", line)):
             raise ValueError(f"{mpp}:{i}: expected slide,mpp, found {line!r}")
-    if not set(table) & set(names):
-        raise ValueError(f"{mpp} names none of the slides: give lines of file name,mpp")
-    # The others keep what their files say.
-    return {name: table.get(name) for name in names}
+    return dict.fromkeys(names) | match_names(rows, names, mpp)

@@ -9,7 +9,6 @@ References: [1] Otsu 1979, thresholds.
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import io
 import json
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import NODES, mpp_of, square, write_whole
+from data import NODES, lock, mpp_of, square, write_whole
 from prepare.slide import Slide, find_slides, mpp_table, slide_key, thumbnail
 
 # ---------------------------------------------------------------- tissue and parents
@@ -37,9 +36,15 @@ def tissue_mask(slide, um=8.0):
     scale = max(1, round(um / slide.mpp))
     r, g, b = np.moveaxis(thumbnail(slide, scale).astype(np.int16), 2, 0)
     # Both stains absorb green most; glass, fat, dust and black pen absorb all colours alike.
-    stain = np.clip((r + b) // 2 - g, 0, 255)
-    # Drop blue and green pen, whose red is below green, and red pen, whose blue is far below red.
-    stain[(g - r > 10) | (r - b > 100)] = 0
+    stain = (r + b) // 2 - g
+    # Brown DAB absorbs blue most, and its pale blue counterstain red: more than the glass does.
+    red, green, blue = (np.percentile(colour[::4, ::4], 95) for colour in (r, g, b))
+    tint = 6 + max(0, int(blue - red), int(red - green))
+    stain = np.maximum(stain, np.where(b < g, r - g, b - r) - tint).clip(0, 255)
+    # Drop blue and green pen, whose red is below green, red pen, whose blue is far below red, and
+    # violet pen, which is more saturated than haematoxylin.
+    violet = (b >= r) & (b - g >= np.minimum(100, 0.64 * b))
+    stain[((g > r) & (b - r > 75)) | (r - b > 100) | violet] = 0
     # Choose the threshold that maximises the variance between the classes [1, equation 18].
     count = np.bincount(stain.ravel(), minlength=256).astype(float)
     below = count.cumsum()
@@ -114,6 +119,16 @@ def choose_parents(slide, fov_px=512, parents=20, min_tissue=0.5, seed=0):
     return [(int(x[i, 0]), int(y[i, 0]), side, tissue[i]) for i in sorted(drawn)]
 
 
+def remarks(slide, parents, fov_px, min_tissue):
+    """Say what a user should know of a slide and its parents, in a line; "" if nothing."""
+    said = [slide.doubt] if slide.doubt else []
+    if not parents:
+        best = max(tissue[0] for *_, tissue in choose_parents(slide, fov_px, 10**6, 0))
+        found = f"no square has {min_tissue:g} of tissue, the best has {best:.2f}"
+        said.append(f"{found}: look with prepare.preview, lower --min-tissue or --fov-px")
+    return "; ".join(said)
+
+
 # ---------------------------------------------------------------- slides -> shards
 
 
@@ -129,7 +144,9 @@ def write_bags(slide, squares, settings):
             pixels = slide.read(x, y, side, 8 * settings["patch_px"])
             # Keep half the colour (4:2:2): it tells nucleus from cytoplasm.
             jpg = imagecodecs.jpeg8_encode(pixels, settings["quality"], subsampling="422")
-            row = dict(x=x, y=y, side=side, mags=slide.mags, tissue=tissue.round(4).tolist())
+            # The checksum tells damage that still decodes.
+            row = dict(x=x, y=y, side=side, crc=zlib.crc32(jpg), mags=slide.mags)
+            row["tissue"] = tissue.round(4).tolist()
             about = json.dumps(dict(slide=slide.name, mpp=slide.mpp, **row)).encode()
             key = f"{slide_key(slide.path)}-{i:02d}"
             for suffix, content in (("json", about), ("jpg", jpg)):
@@ -150,18 +167,18 @@ def _tile_slide(job, out, threads, settings):
     wanted = {name: settings[name] for name in ("fov_px", "parents", "min_tissue", "seed")}
     try:
         with Slide(path, mpp, threads) as slide:
-            index, shard = write_bags(slide, choose_parents(slide, **wanted), settings)
+            squares = choose_parents(slide, **wanted)
+            index, shard = write_bags(slide, squares, settings)
+            remark = remarks(slide, squares, settings["fov_px"], settings["min_tissue"])
     except Exception as e:
         # One bad slide must not stop the others.
         return None, str(e) if isinstance(e, ValueError) else f"{path} cannot be tiled: {e!r}"
     # A slide without bags leaves an index and no shard.
-    count = len(index["bags"])
-    if count:
+    if squares:
         write_whole(out / f"bags-{slide_key(path)}.tar", shard)
     # The index comes last: a slide that has one is done.
     write_whole(out / f"bags-{slide_key(path)}.index.json", json.dumps(index))
-    remark = index["doubt"] or ("" if count else "no square has enough tissue")
-    return count, f"{path}: {remark}" if remark else ""
+    return len(squares), f"{path}: {remark}" if remark else ""
 
 
 def _finished(path, mpp, out, settings):
@@ -217,12 +234,7 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
     paths = find_slides(slides)
     mpps = mpp_table(mpp, [path.name for path in paths])
     # Two commands in one folder would do the same slides.
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another tile command writes to {out}: wait for its end") from None
+    owned = lock(out)
 
     # Skip what is done.
     jobs = []
@@ -240,7 +252,7 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
     bar = tqdm(total=len(paths), initial=len(counts), unit="slide", disable=None)
     failures = open(out / "failures.jsonl", "w", buffering=1)
     results = contextlib.closing(run_jobs(work, jobs, workers, threads))
-    with lock, bar, failures, results as results:
+    with owned, bar, failures, results as results:
         for (path, _), (count, remark) in zip(jobs, results, strict=True):
             bar.update()
             if remark:
@@ -277,6 +289,8 @@ def main():
     if n["failed"]:
         failed = f"{n['failed']} of {n['slides']} slides cannot be used"
         sys.exit(f"error: {failed}, see {args.out}/failures.jsonl")
+    if not n["bags"]:
+        sys.exit("error: no slide has a square with enough tissue: lower --min-tissue or --fov-px")
 
 
 if __name__ == "__main__":

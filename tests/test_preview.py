@@ -59,7 +59,9 @@ def test_panels_show_what_the_slide_holds(tmp_path):
 
 def test_slides_without_parents_and_mistakes(tmp_path):
     blank = write(tmp_path / "blank.svs", np.full((512, 512, 3), 245, np.uint8))
-    assert run(blank, "--out", tmp_path / "p.png", "--fov-px", 32).returncode == 0
+    r = run(blank, "--out", tmp_path / "p.png", "--fov-px", 32, "--mpp", 0.5)
+    assert r.returncode == 0 and "blank.svs: 0.5 um/px (--mpp) contradicts 0.25" in r.stderr
+    assert "no square has 0.5 of tissue, the best has 0.00: look" in r.stderr
     assert Image.open(tmp_path / "p.png").width > 100
     (tmp_path / "text.svs").write_text("x")
     cases = ((tmp_path / "text.svs", "text.svs"), (tmp_path / "no.svs", "copy it again"))

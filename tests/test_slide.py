@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -80,24 +81,40 @@ def test_philips_tiff(tmp_path):
     check(tmp_path / "a.tiff", [1, 2, 4], "Philips DICOM_PIXEL_SPACING", size=(1024, 768))
 
 
-def test_leica_scn_takes_the_main_image(tmp_path):
-    def pixels(name, *levels):
-        rows = ""
-        for r, (w, h, ifd) in enumerate(levels):
-            rows += f'<dimension sizeX="{w}" sizeY="{h}" r="{r}" ifd="{ifd}"/>'
-        size = f'sizeX="{levels[0][0]}" sizeY="{levels[0][1]}"'
-        return f'<image name="{name}"><pixels {size}>{rows}</pixels></image>'
-
+def write_scn(path, pages):
+    """Write Leica's dialect: pages are (picture, mpp, name, or None for a level)."""
+    xml = ""
+    for i, (image, _, name) in enumerate(pages):
+        size = f'sizeX="{image.shape[1]}" sizeY="{image.shape[0]}"'
+        xml += f'</pixels></image><image name="{name}"><pixels {size}>' if name else ""
+        xml += f'<dimension {size} r="{i}" ifd="{i}"/>'
     xmlns = "http://www.leica-microsystems.com/scn/2010/10/01"
-    images = pixels("macro", (300, 200, 0)) + pixels("main", (896, 600, 1), (224, 150, 2))
-    xml = f'<?xml version="1.0"?><scn xmlns="{xmlns}"><collection name="c">{images}'
-    xml += "</collection></scn>"
-    pages = ((IMAGE[:200, :300], 10, xml), (IMAGE, 0.25, None), (half(IMAGE, 4), 1, None))
-    with tifffile.TiffWriter(tmp_path / "a.scn", bigtiff=True) as tif:
-        for image, mpp, text in pages:
+    xml = f'<scn xmlns="{xmlns}"><collection>{xml[17:]}</pixels></image></collection></scn>'
+    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+        for i, (image, mpp, _) in enumerate(pages):
             scale = dict(resolution=(1e4 / mpp, 1e4 / mpp), resolutionunit="CENTIMETER")
-            tif.write(image, description=text, **scale, **TILES)
+            tif.write(image, description=None if i else xml, **scale, **TILES)
+
+
+def test_leica_scn_takes_the_main_image(tmp_path):
+    pages = [(IMAGE[:200, :300], 10, "macro"), (IMAGE, 0.25, "main"), (half(IMAGE, 4), 1, None)]
+    write_scn(tmp_path / "a.scn", pages)
     check(tmp_path / "a.scn", [1, 4], "TIFF XResolution")
+
+
+def test_other_regions_are_named(tmp_path):
+    """A scanner may put two pieces of tissue into one file, in three formats."""
+    two = (IMAGE, IMAGE[:300, :500], IMAGE)
+    write_scn(tmp_path / "a.scn", [(image, 0.25, "main") for image in two])
+    um = dict(axes="YXS", PhysicalSizeX=0.25)
+    cm = dict(resolution=(40000, 40000), resolutionunit="CENTIMETER")
+    for name, options in (("a.ome.tif", dict(metadata=um)), ("a.tif", cm)):
+        with tifffile.TiffWriter(tmp_path / name) as tif:
+            for image in two:
+                tif.write(image, **TILES | options)
+    for path in tmp_path.iterdir():
+        words = "only 896 x 600 is read, not 896 x 600, 500 x 300"
+        assert sorted(Slide(path).doubt) == sorted(words), path
 
 
 def write_ndpi(path, pictures):
@@ -146,24 +163,55 @@ def test_hamamatsu_ndpi(tmp_path):
     assert Slide(tmp_path / "a.ndpi").tile == (224, 8)
 
 
-def test_aperio_jpeg_2000(tmp_path):
-    """Kind 33003 stores luminance and chrominance, 33005 colours; neither says so in its tiles."""
-    whole = padded(IMAGE)
-    r, g, b = np.moveaxis(whole.astype(float), 2, 0)
+def jpeg_2000(planes):
+    """Encode planes of one or of several sizes without loss, and without a change of colours."""
+    parts = []
+    for plane in planes:
+        code = imagecodecs.jpeg2k_encode(plane, 0, codecformat="J2K", mct=False, resolutions=1)
+        parts.append(code.partition(b"\xff\x93"))
+    (h, w), n = planes[0].shape, len(planes)
+    # Put the packets behind each other, below one head that knows the sizes.
+    size = struct.pack(">2sHH8IH", b"\xff\x51", 38 + 3 * n, 0, w, h, 0, 0, w, h, 0, 0, n)
+    for plane in planes:
+        size += bytes([7, w // plane.shape[1], h // plane.shape[0]])
+    head = parts[0][0]
+    body = b"".join(code[:-2] for _, _, code in parts)
+    tile = struct.pack(">2sHHIBB", b"\xff\x90", 10, 0, 14 + len(body), 0, 1)
+    coding = head[head.index(b"\xff\x52") : head.index(b"\xff\x64")]
+    return b"\xff\x4f" + size + coding + tile + b"\xff\x93" + body + b"\xff\xd9"
+
+
+def ycbcr(image):
+    r, g, b = np.moveaxis(image.astype(float), 2, 0)
     y = 0.299 * r + 0.587 * g + 0.114 * b
-    ycc = np.stack([y, 128 + (b - y) / 1.772, 128 + (r - y) / 1.402], -1)
-    ycc = np.clip(ycc.round(), 0, 255).astype(np.uint8)
-    encode = dict(level=0, codecformat="J2K", mct=False)
-    for kind, stored, tolerance in ((33003, ycc, 2), (33005, whole, 0)):
-        tiles = []
-        for top in range(0, len(whole), 256):
-            for left in range(0, whole.shape[1], 256):
-                tile = np.ascontiguousarray(stored[top : top + 256, left : left + 256])
-                tiles.append(imagecodecs.jpeg2k_encode(tile, **encode))
-        options = TILES | dict(compression=kind, description=APERIO + "0.25")
-        with tifffile.TiffWriter(tmp_path / f"{kind}.svs") as tif:
-            tif.write(iter(tiles), shape=IMAGE.shape, dtype=np.uint8, **options)
-        check(tmp_path / f"{kind}.svs", [1], "Aperio MPP", tolerance)
+    ycc = (y, 128 + (b - y) / 1.772, 128 + (r - y) / 1.402)
+    return [plane.round().clip(0, 255).astype(np.uint8) for plane in ycc]
+
+
+@pytest.mark.parametrize("kind, photometric, down, across", [
+    (33003, 2, 1, 1), (33003, 2, 1, 2), (33003, 6, 2, 2), (33005, 2, 1, 1), (34712, 6, 1, 1),
+    (34712, 6, 1, 2), (34712, 2, 1, 1)])  # fmt: skip
+def test_jpeg_2000_colours(tmp_path, kind, photometric, down, across):
+    """Kind 33003 stores Y, Cb, Cr, whatever the TIFF says; colours may be coarser than Y."""
+    whole = padded(IMAGE)
+    rgb = kind == 33005 or photometric == 2 and kind != 33003
+    planes = np.moveaxis(whole, 2, 0) if rgb else ycbcr(whole)
+    tiles = []
+    for top, left in np.ndindex(len(whole) // 256, whole.shape[1] // 256):
+        part = np.s_[256 * top : 256 * top + 256, 256 * left : 256 * left + 256]
+        y, b, r = (np.ascontiguousarray(plane[part]) for plane in planes)
+        tiles.append(jpeg_2000([y, *(np.ascontiguousarray(c[::down, ::across]) for c in (b, r))]))
+    path = tmp_path / "a.svs"
+    options = TILES | dict(compression=kind, description=APERIO + "0.25")
+    with tifffile.TiffWriter(path) as tif:
+        tif.write(iter(tiles), shape=IMAGE.shape, dtype=np.uint8, **options)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages[0].tags["PhotometricInterpretation"].overwrite(photometric)
+    check(path, [1], "Aperio MPP", 0 if rgb else 3)
+    if kind != 34712:
+        peer = pytest.importorskip("openslide").OpenSlide(path)
+        peer = np.asarray(peer.read_region((0, 0), 0, (512, 512)))[..., :3].astype(int)
+        assert abs(Slide(path).read(0, 0, 512, 512) - peer).max() <= 1
 
 
 def test_other_formats_need_openslide(tmp_path, monkeypatch):
@@ -249,6 +297,38 @@ def test_where_mpp_comes_from(tmp_path):
     assert Slide(write(tmp_path / "f.svs", picture(64, 64), mpp=0.26)).doubt == ""
 
 
+@pytest.mark.parametrize("text", [
+    "Aperio x|MPP = 2.5e-01", "Aperio x|MPP = 0,2500|A = 1", '<Pixels PhysicalSizeX="0,25"/>',
+    '<Pixels PhysicalSizeX="250" PhysicalSizeY="250" PhysicalSizeXUnit="nm"/>',
+    '<OME:Pixels PhysicalSizeXUnit="mm" PhysicalSizeX="2.5e-4"/>',
+    '<Pixels PhysicalSizeX=".25" PhysicalSizeXUnit="&#181;m"/>',
+    '<Pixels PhysicalSizeX=".2" SizeX="9"/><Pixels SizeX="64" SizeY="64" PhysicalSizeX=".25"/>',
+])  # fmt: skip
+def test_numbers_are_read_as_they_are_meant(tmp_path, text):
+    slide = Slide(write(tmp_path / "a.tif", picture(64, 64), text=text))
+    assert slide.mpp == pytest.approx(0.25) and slide.doubt == ""
+
+
+def test_a_given_scale_wins_and_the_rest_is_told(tmp_path):
+    ome = '<Pixels PhysicalSizeX="0.25" PhysicalSize'
+    cm = dict(text="", resolution=(40000, 20000), resolutionunit="CENTIMETER")
+    uneven = "its pixels are not square: 0.25 x 0.5 .%s.$"
+    for options, doubt in (
+        (dict(text=ome + 'Y="0.5"/>'), uneven % "OME PhysicalSizeX"),
+        (cm, uneven % "TIFF XResolution"),
+        (dict(text="Aperio x|MPP = none"), "this is no scale: Aperio MPP none um$"),
+        (dict(text=ome + 'XUnit="pixel"/>'), "this is no scale: OME PhysicalSizeX 0.25 pixel$"),
+    ):
+        path = write(tmp_path / "a.tif", picture(64, 64), **options)
+        given = Slide(path, mpp=0.24)
+        assert given.mpp == 0.24 and re.search(doubt, given.doubt)
+        if "square" in doubt:
+            assert re.search(doubt, Slide(path).doubt)
+            continue
+        with pytest.raises(ValueError, match="pass --mpp .0.25 is 40x; it says (Aper|OME Ph)"):
+            Slide(path)
+
+
 def test_a_level_is_not_a_magnification(tmp_path):
     """Of levels 1, 4, 16, 5x and 10x come from level 1, 20x and 40x from level 0."""
     image = np.zeros((1024, 1024, 3), np.uint8)
@@ -287,12 +367,72 @@ def test_read_is_exact_for_lossless_slides(tmp_path, options):
         assert abs(slide.read(100, 100, 256, 128) - mean).max() <= 0.5
 
 
-@pytest.mark.parametrize("colours", ["rgb", "ycbcr"])
-def test_jpeg_colours(tmp_path, colours):
-    image = np.full((300, 300, 3), (200, 90, 160), np.uint8)
-    options = dict(compression="jpeg", compressionargs=dict(level=95, outcolorspace=colours))
-    with Slide(write(tmp_path / "a.svs", image, tile=(240, 240), **options)) as slide:
-        assert abs(slide.read(190, 190, 96, 96).astype(int) - image[:96, :96]).max() <= 4
+@pytest.mark.parametrize("colours, photometric, head", [
+    ("rgb", 2, b""), ("rgb", 2, b"Adobe\0\x64\0\0\0\0\0"), ("ycbcr", 6, b""), ("422", 2, b""),
+    ("ycbcr", 2, b"JFIF\0\1\1\0\0\1\0\1\0\0"), ("ycbcr", 2, b"Adobe\0\x64\0\0\0\0\1")])  # fmt: skip
+def test_jpeg_colours(tmp_path, colours, photometric, head):
+    """What the JPEG itself says of its colours counts more than what the TIFF says."""
+    image = np.full((256, 256, 3), (200, 90, 160), np.uint8)
+    kind = dict(subsampling="422" if colours == "422" else "444")
+    if colours == "rgb":
+        kind["outcolorspace"] = "rgb"
+    jpg = imagecodecs.jpeg8_encode(image, 95, **kind)
+    # Take out its own marker, JFIF or none, and put in another.
+    start = jpg.index(b"\xff\xdb")
+    if head:
+        kind = b"\xff\xe0" if head[:1] == b"J" else b"\xff\xee"
+        head = kind + struct.pack(">H", len(head) + 2) + head
+    with tifffile.TiffWriter(tmp_path / "a.svs") as tif:
+        options = TILES | dict(compression="jpeg", description=APERIO + "0.25")
+        tif.write(iter([jpg[:2] + head + jpg[start:]]), shape=(256, 256, 3), dtype="u1", **options)
+    with tifffile.TiffFile(tmp_path / "a.svs", mode="r+b") as tif:
+        tif.pages[0].tags["PhotometricInterpretation"].overwrite(photometric)
+    with Slide(tmp_path / "a.svs") as slide:
+        assert abs(slide.read(0, 0, 256, 256).astype(int) - image).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg2000", "lzw"])
+def test_damage_that_still_decodes_is_named(tmp_path, kind):
+    path = write(tmp_path / "a.svs", picture(512, 512), compression=kind)
+    with tifffile.TiffFile(path) as tif:
+        at, n = (tif.pages[0].tags[tag].value[2] for tag in ("TileOffsets", "TileByteCounts"))
+    whole = path.read_bytes()
+    middle = at + n // 2
+    cases = [whole[:middle] + bytes(200) + whole[middle + 200 :]]
+    cases += [whole[:middle] + bytes(n // 2) + whole[middle + n // 2 :]]
+    for bad in cases:
+        path.write_bytes(bad)
+        with Slide(path) as slide:
+            slide.read(0, 0, 256, 256)
+            with pytest.raises(ValueError, match="a.svs is damaged"):
+                slide.read(0, 256, 256, 256)
+
+
+def test_a_tile_without_content_may_be_all_zeros(tmp_path):
+    """Where white is the most frequent colour, a JPEG's shortest codes, all zeros, stand for it."""
+    image = IMAGE.copy()
+    image[:250] = 255
+    options = dict(compression="jpeg", compressionargs=dict(level=90, optimize=True))
+    with Slide(write(tmp_path / "a.svs", image, **options)) as slide:
+        assert bytes(64) in (tmp_path / "a.svs").read_bytes()
+        assert (slide.read(0, 0, 224, 224) == 255).all()
+
+
+def test_transparent_is_white(tmp_path):
+    """Around tissue, many programs leave pixels that are 0 0 0 0."""
+    image = np.dstack([picture(512, 512), np.full((512, 512), 255, np.uint8)])
+    image[:, 256:] = 0
+    image[0, 0] = (100, 50, 0, 128)
+    for kind, corner in (("unassalpha", (177, 152, 127)), ("assocalpha", (227, 177, 127))):
+        options = dict(extrasamples=[kind], text=APERIO + "0.25")
+        with Slide(write(tmp_path / f"{kind}.svs", image, **options)) as slide:
+            read = slide.read(0, 0, 512, 512)
+            assert (read[:, 256:] == 255).all() and (read[1:, :256] == image[1:, :256, :3]).all()
+            assert abs(read[0, 0].astype(int) - corner).max() <= 1
+    for mode in ("RGBA", "LA"):
+        Image.fromarray(image).convert(mode).save(tmp_path / f"{mode}.png")
+        read = np.asarray(data.read_image(tmp_path / f"{mode}.png"))
+        assert read.shape == (512, 512, 3) and (read[:, 256:] == 255).all(), mode
 
 
 def test_a_tile_that_was_never_stored_is_white(tmp_path):
@@ -356,3 +496,7 @@ def test_openslide_and_tifffile_read_the_same(tmp_path, monkeypatch):
                 squares += [(68, 132, 512, 64), (0, 0, 900, 450)]
                 for square in squares:
                     assert (peer.read(*square) == slide.read(*square)).all(), (path, square)
+    scale = dict(text="", resolution=(40000, 20000), resolutionunit="CENTIMETER")
+    path = write(tmp_path / "b.tif", picture(512, 512), **scale)
+    monkeypatch.setattr(prepare.slide, "_Tiff", lambda path: 1 / 0)
+    assert Slide(path).doubt == "its pixels are not square: 0.25 x 0.5 (OpenSlide mpp-x)"

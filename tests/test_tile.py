@@ -1,14 +1,15 @@
 """Test tissue, parents and tiling: pytest tests/test_tile.py"""
 
-import fcntl
 import io
 import json
 import os
+import re
 import resource
 import signal
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,12 @@ def test_tissue_is_stain_not_glass(tmp_path):
         return image
 
     cases = {"pale": on(np.uint8([238, 220, 232])), "dark": (on(tissue) * 0.5).astype(np.uint8)}
+    cases["faint"] = on(np.uint8([240, 232, 240]))
+    # A pale blue counterstain, and brown DAB in it.
+    ihc = np.kron(np.eye(16) > 0, np.ones((32, 32)))[..., None] > 0
+    cases["ihc"] = on(np.where(ihc, (150, 110, 80), np.uint8([205, 215, 230])))
     pens = dict(black=(30, 30, 35), blue=(45, 70, 160), green=(30, 110, 80), red=(200, 45, 65))
+    pens |= dict(violet=(110, 50, 160), purple=(128, 0, 128), dark_purple=(90, 40, 120))
     fillings = dict(grey_filling=(200, 200, 200), black_filling=(0, 0, 0))
     for pen, colour in (pens | fillings).items():
         cases[pen] = on(tissue, np.broadcast_to(np.uint8(colour), glass.shape).copy())
@@ -57,8 +63,9 @@ def test_tissue_is_stain_not_glass(tmp_path):
         mask, scale = tissue_of(tmp_path, image)
         assert scale == 16 and mask.shape == (32, 32), name
         assert mask[:, 17:].mean() > 0.98 and mask[:, :15].mean() < 0.02, name
-    # All glass, all tissue, and 16 um of tissue.
-    for colour, share in ((245, 0), ((200, 120, 180), 1)):
+    # All glass, also of a tint, all tissue, and 16 um of tissue.
+    shares = {(245,) * 3: 0, (228, 234, 246): 0, (250, 242, 226): 0, (200, 120, 180): 1}
+    for colour, share in shares.items():
         mask, _ = tissue_of(tmp_path, np.full((256, 256, 3), colour, np.uint8), um=8)
         assert mask.mean() == share
     tiny = glass.copy()
@@ -162,9 +169,27 @@ def test_tile_shards(tmp_path):
         assert image.size == (256, 256) and image.layer[0][1:3] == (2, 1)
         assert (np.asarray(image) == bags[i]["image"].permute(1, 2, 0).numpy()).all()
         about = json.loads(sample["json"])
-        assert set(about) == {"slide", "x", "y", "side", "mpp", "mags", "tissue"}
+        assert set(about) == {"slide", "x", "y", "side", "crc", "mpp", "mags", "tissue"}
+        assert about["crc"] == zlib.crc32(sample["jpg"]) == bags.meta[i]["crc"]
         assert about["slide"] == "s0.svs" and about["mpp"] == 0.25
         assert about["tissue"] == bags.meta[i]["tissue"]
+
+
+def test_a_bag_that_was_damaged_is_named(tmp_path):
+    out = tmp_path / "out"
+    tile(slides_in(tmp_path / "in", 1), out, patch_px=32, fov_px=32)
+    index = out / "bags-s0.index.json"
+    shard = bytearray((out / "bags-s0.tar").read_bytes())
+    at, n = json.loads(index.read_text())["bags"][1]["jpg"]
+    shard[at + n // 2 : at + n // 2 + 400] = bytes(400)
+    (out / "bags-s0.tar").write_bytes(shard)
+    bags = data.Bags(out)
+    assert bags[0]["image"].shape == bags[2]["image"].shape
+    with pytest.raises(ValueError, match="bags-s0.tar: bag s0-01 is damaged .*: delete this file"):
+        bags[1]
+    # Shards of older versions have no checksums.
+    index.write_text(re.sub(r'"crc": \d+, ', "", index.read_text()))
+    assert data.Bags(out)[1]["image"].shape == bags[0]["image"].shape
 
 
 def test_tile_resumes_extends_and_is_deterministic(tmp_path):
@@ -198,10 +223,8 @@ def test_tile_resumes_extends_and_is_deterministic(tmp_path):
         data.Bags(b)
     assert tile(slides, b, **SMALL)["bags"] == 12
     assert (b / "bags-s0.tar").read_bytes() == (a / "bags-s0.tar").read_bytes()
-    with open(b / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another tile command writes to"):
-            tile(slides, b, **SMALL)
+    with data.lock(b), pytest.raises(ValueError, match="b is in use by process"):
+        tile(slides, b, **SMALL)
 
 
 def test_keys_have_no_dot_and_do_not_clash(tmp_path):
@@ -212,6 +235,12 @@ def test_keys_have_no_dot_and_do_not_clash(tmp_path):
     two = write(tmp_path / "in" / "a_b.tif", picture(256, 256))
     with pytest.raises(ValueError, match="bags of .* would share a name: rename one"):
         find_slides(tmp_path / "in")
+    # The files of a DICOM series are one slide.
+    (tmp_path / "dicom").mkdir()
+    for name, series in (("1.dcm", 7), ("2.dcm", 8), ("3.dcm", 7), ("4.dcm", 7)):
+        head = bytes(128) + b"DICM" + b"\x20\0\x0e\0UI\4\0" + b"1.2.%d" % series
+        (tmp_path / "dicom" / name).write_bytes(head)
+    assert [path.name for path in find_slides(tmp_path / "dicom")] == ["1.dcm", "2.dcm"]
     # The same if they come in two calls.
     with pytest.raises(ValueError, match="bags-a_b.index.json is of a.b.svs, not of .*a_b.tif"):
         tile(two, tmp_path / "out", **SMALL)
@@ -240,10 +269,25 @@ def test_a_bad_slide_costs_one_slide(tmp_path):
     assert "pass --mpp" in failures(out)["scale.svs"]
     # A repaired slide and a table of scales.
     (slides / "rotten.svs").write_bytes(good)
-    (tmp_path / "mpp.csv").write_text("slide,mpp\nscale.svs,0.5\n")
+    (tmp_path / "mpp.csv").write_text("slide,mpp\nscale,5e-1\n")
     r = cli(slides, *small, "--mpp", tmp_path / "mpp.csv")
     assert r.returncode == 1 and "28 bags from 4 of 6 slides" in r.stdout
     assert set(failures(out)) == {"cut.svs", "empty.svs"}
+
+
+def test_slides_without_parents_are_told(tmp_path):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "blank.svs", picture(512, 512, glass=440))
+    small = (tmp_path / "in", "--out", tmp_path / "out", "--patch-px", 8, "--fov-px", 32)
+    r = cli(*small)
+    assert r.returncode == 1 and r.stdout.startswith("0 bags from 0 of 1 slides")
+    words = "blank.svs: no square has 0.5 of tissue, the best has 0.2.: look with prepare.preview, "
+    assert re.search(words + "lower --min-tissue or --fov-px", r.stderr)
+    assert "error: no slide has a square with enough tissue: lower --min-tissue" in r.stderr
+    # One slide with parents is enough.
+    write(tmp_path / "in" / "good.svs", picture(512, 512))
+    r = cli(*small)
+    assert r.returncode == 0 and "4 bags from 1 of 2 slides" in r.stdout
 
 
 def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
@@ -298,19 +342,22 @@ def test_mpp_tables(tmp_path):
 
     def table(text, encoding="utf-8"):
         path.write_text(text, encoding=encoding)
-        return mpp_table(str(path), ["a.svs", "b,c.svs"])
+        return mpp_table(str(path), ["a.svs", "b,c.svs", "d.e.svs"])
 
-    want = {"a.svs": 0.3, "b,c.svs": None}
+    want = {"a.svs": 0.3, "b,c.svs": None, "d.e.svs": None}
     assert table("a.svs,0.3\n") == table('"a.svs",0.3', "utf-8-sig") == want
-    assert table("slide,mpp\r\na.svs, 0.3\r\n\r\n") == want
-    assert table('x.svs,1\n"b,c.svs",0.5')["b,c.svs"] == 0.5
-    for text in ("a.svs;0.3\n", "slide,mpp\nz.svs,1"):
-        with pytest.raises(ValueError, match="m.csv names none of the slides"):
+    assert table("slide,mpp\r\na.svs, 0.3\r\n\r\n") == table("a,3e-1") == table("a,0,3") == want
+    assert table('d.e,1\n"b,c.svs",0.5') == {"a.svs": None, "b,c.svs": 0.5, "d.e.svs": 1}
+    lost = "m.csv: 6 of 7 lines name no slide here, or one twice .z0, z1, z2, z3, z4, \\.\\.\\..: "
+    twice = "m.csv: 2 of 2 lines .* .a, a.svs."
+    for text, words in (
+        ("".join(f"z{i},1\n" for i in range(6)) + "a,1", lost), ("a,1\na.svs,2", twice),
+        ("slide,mpp", "m.csv: 0 of 0 lines"), ("a.svs,0.3\nb,x\n", "m.csv:2: expected slide,mpp"),
+        ("slide,mpp\na.svs;0.3", "m.csv:2: expected"), ("a.svs;0.3\nd.e,1", "m.csv:1: expected"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
             table(text)
-    for text in ("a.svs,0.3\nb,x\n", "slide,mpp\na.svs;0.3"):
-        with pytest.raises(ValueError, match="m.csv:2: expected slide,mpp"):
-            table(text)
-    assert mpp_table(0.5, ["a"]) == mpp_table("0.5", ["a"]) == {"a": 0.5}
+    assert mpp_table(0.5, ["a"]) == mpp_table("0,5", ["a"]) == {"a": 0.5}
     assert mpp_table(None, ["a"]) == {"a": None}
 
 
