@@ -6,6 +6,7 @@ Golden numbers are scikit-learn's (1.9.1) on the same inputs; the rest is counte
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -180,6 +181,18 @@ def test_results_of_other_weights_give_way(tmp_path):
     evaluate.save_results(tmp_path, "zeroshot", {"x": 2}, about | {"fingerprint": "2"})
     found = json.loads((tmp_path / "results.json").read_text())
     assert set(found) == {"zeroshot", "about"} and found["about"]["zeroshot"]["fingerprint"] == "2"
+
+
+def test_results_that_are_written_at_once_are_all_kept(tmp_path, capsys):
+    about = {"model": "a", "fingerprint": "1", "n": 9}
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(24):
+            pool.submit(evaluate.save_results, tmp_path, f"p{i}", {"x": i}, about)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {f"p{i}" for i in range(24)} | {"about"} == set(found) and not capsys.readouterr().err
+    # A smaller result takes the place of a larger one, but not without a word.
+    evaluate.save_results(tmp_path, "p3", {"x": 0}, about | {"n": 5})
+    assert "p3 of 5 replaces that of 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"probe": {}}'])
