@@ -15,7 +15,6 @@ Reference: [1] MR-PLIP, CVPR 2025, section 3.1.
 import argparse
 import base64
 import csv
-import fcntl
 import http.client
 import io
 import json
@@ -32,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import text
 from prepare import pathgen
+from prepare.slide import bare
 
 # The question of [1], figure 2.
 PROMPT = "describe the main features visible in this histopathology image"
@@ -50,8 +49,6 @@ MOST_FAILURES = 50
 
 
 # ---------------------------------------------------------------- a server
-
-
 def read_answer(answer):
     """Take the caption out of a server's answer -> (caption, None), or (None, why it is none)."""
     choice = answer["choices"][0]
@@ -132,8 +129,6 @@ class Server:
 
 
 # ---------------------------------------------------------------- asking
-
-
 def answered(path, server):
     """Read the captions of a file that is finished or not -> {(key, node): row}."""
     if not path.exists():
@@ -220,18 +215,18 @@ def ask(folder, server, mags=data.MAGS, concurrency=32):
     elsewhere = 0
     reasons = Counter()
     total = int(bags.valid[:, np.isin(data.LEVEL, levels)].sum())
-    bar = tqdm(total=total, unit="caption", disable=None)
+    bar = data.progress(total=total, desc="captions", unit="caption")
     for number, shard in enumerate(bags.shards):
-        # Collect answers in a part, and leave a shard to the process that has its lock.
-        path = shard.with_suffix(".captions.jsonl")
-        part = shard.with_suffix(".captions.part")
-        with open(shard.with_name(f".{shard.stem}.lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                elsewhere += 1
-                continue
-            # What an earlier call left is not asked again.
+        # Leave a shard to the process that has its lock.
+        try:
+            lock = data.lock(folder, f".{shard.stem}.lock")
+        except ValueError:
+            elsewhere += 1
+            continue
+        with lock:
+            # Collect answers in a part. What an earlier call left is not asked again.
+            path = shard.with_suffix(".captions.jsonl")
+            part = shard.with_suffix(".captions.part")
             rows = answered(path, server) | answered(part, server)
             before = len(rows)
             asked = questions(bags, number, levels, rows, bar)
@@ -272,8 +267,9 @@ def read_source(source):
     elif source.suffix.lower() == ".csv":
         try:
             with open(source, encoding="utf-8-sig", newline="") as file:
-                for number, row in enumerate(csv.DictReader(file), 2):
-                    yield f"{source}:{number}", row
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield f"{source}:{reader.line_num}", row
         except (UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f"{source} is no CSV in UTF-8 ({e}): save it as one") from None
     else:
@@ -301,13 +297,14 @@ def match_captions(source, bags):
     """Match the records of a source with bags -> {(key or slide, node or None): caption}."""
     # A record may name a bag, or a slide with or without its suffix.
     keys = set(bags.keys)
-    targets = {Path(slide).stem: slide for slide in bags.slides}
+    targets = {bare(slide): slide for slide in bags.slides}
     targets |= {name: name for name in [*bags.slides, *bags.keys]}
     captions = {}
-    strangers = []
+    strangers = Counter()
+    seconds = 0
     for place, record in read_source(Path(source)):
         name, node, caption = read_record(place, record)
-        target = targets.get(name) or targets.get(Path(name).stem)
+        target = targets.get(name) or targets.get(bare(name))
         # KEY_NODE.png is the image of a node.
         image = re.fullmatch(r"(.+)_(\d+)", Path(name).stem, re.ASCII)
         if node is None and image and image[1] in keys:
@@ -315,12 +312,15 @@ def match_captions(source, bags):
             node = int(image[2])
         # A record fits if its bag or slide is there; a slide has no nodes.
         if not target or node is not None and not (target in keys and 0 <= node < data.NODES):
-            strangers.append(name)
+            strangers[name] += 1
         elif caption:
-            captions[target, node] = caption
+            seconds += captions.setdefault((target, node), caption) != caption
     if strangers:
-        told = f"{source}: {len(strangers)} records fit no bag, the first is {strangers[0]!r}"
+        shown = ", ".join(list(strangers)[:5])
+        told = f"{source}: {strangers.total()} records fit no bag, of the names {shown}"
         print(f"{told} (a node, 0 to 84, goes with a bag)", file=sys.stderr)
+    if seconds:
+        print(f"{source}: {seconds} second captions of one place are left out", file=sys.stderr)
     if not captions:
         raise ValueError(f"{source} has no caption for these bags: name bag keys or slides")
     return captions
@@ -353,15 +353,13 @@ def read(source, folder):
                     lines.append(json.dumps(row, ensure_ascii=False))
                     told.add(key)
         data.write_whole(shard.with_suffix(".captions.jsonl"), "\n".join([*lines, ""]))
-    bare = [key for key in bags.keys if key not in told]
-    if bare:
-        print(f"{source}: {len(bare)} bags have no caption, first {bare[0]}", file=sys.stderr)
+    lost = [key for key in bags.keys if key not in told]
+    if lost:
+        print(f"{source}: {len(lost)} bags have no caption, first {lost[0]}", file=sys.stderr)
     return len(bags.shards)
 
 
 # ---------------------------------------------------------------- commands
-
-
 def main():
     parser = argparse.ArgumentParser(description="Captions for the patches of bags.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -7,24 +7,22 @@ H hidden width, C classes, R slides.
 [1] Lu et al. 2023, MI-Zero.   [2] Ilse et al. 2018, gated attention.   [3] Lu et al. 2021, CLAM.
 """
 
-import csv
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import evaluate
 from data import LEVEL
 from evaluate import MAG_NAMES
+from prepare.slide import bare
 from protocols import labelled, metrics
 
+
 # ---- MI-Zero and attention MIL ------------------------------------------------------------------
-
-
 def at_level(x, level):
     """Take the patches of a magnification that hold tissue, of [P, N, D] -> [M, D]."""
     patches = x[:, LEVEL == level].reshape(-1, x.shape[2])
@@ -105,7 +103,7 @@ def measure_mil(slides, y, C, who, split=(), folds=5, device="cpu"):
     rows = []
     found = []
     pairs = metrics.splits(y, who, split, folds)
-    for train, test in tqdm(pairs, "MIL", unit="fold", leave=False, disable=None):
+    for train, test in data.progress(pairs, "MIL", unit="fold", leave=False):
         predict = fit_mil([slides[i] for i in train], y[train], C, device=device)
         found.append(predict([slides[i] for i in test]))
         rows.append(test)
@@ -114,15 +112,18 @@ def measure_mil(slides, y, C, who, split=(), folds=5, device="cpu"):
 
 
 # ---- Labelled slides of shards ------------------------------------------------------------------
-
-
 def read_labels(path):
-    """Read a table slide,label[,patient] -> {slide: (label, patient)}; a patient else a slide."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"slide", "label"} <= rows[0].keys() or not all(r["label"] for r in rows):
-        raise ValueError(f"{path} is no table of slide,label[,patient] with a label each: mend it")
-    return {row["slide"]: (row["label"], row.get("patient") or row["slide"]) for row in rows}
+    """Read a table slide,label[,patient] -> {slide without suffix: (label, patient or slide)}."""
+    labels = {}
+    for number, row in labelled.read_csv(path, ("slide", "label")):
+        gaps = [name for name in ("slide", "label", "patient") if not row.get(name, "there")]
+        if gaps:
+            raise ValueError(f"{path}:{number}: no {gaps[0]}: fill it in or delete the line")
+        slide = bare(row["slide"])
+        told = (row["label"], row.get("patient", slide))
+        if labels.setdefault(slide, told) != told:
+            raise ValueError(f"{path}:{number}: {slide} has two labels or patients: keep one")
+    return labels
 
 
 class Slides:
@@ -136,20 +137,26 @@ class Slides:
         parts = [(source / name, name) for name in ("train", "test") if (source / name).is_dir()]
         found = []
         jobs = []
+        unlabelled = []
         for path, split in parts or [(source, "")]:
             bags = data.Bags(path)
             for number, shard in enumerate(bags.shards):
                 rows = np.flatnonzero(bags.shard_of == number).tolist()
                 slide = bags.slides[rows[0]]
-                if slide in labels:
+                if bare(slide) not in labels:
+                    unlabelled.append(slide)
+                else:
                     stat = shard.stat()
                     told = [peer.fingerprint, str(shard), stat.st_size, stat.st_mtime_ns]
                     jobs.append((bags, rows, folder / f"{slide}-{labelled.digest(told)}.npz"))
-                    found.append((slide, *labels[slide], split))
+                    found.append((slide, *labels[bare(slide)], split))
         if not jobs:
             raise ValueError(f"--labels names none of the slides in {source}: use their file names")
-        if len(jobs) < len(labels):
-            print(f"{len(labels) - len(jobs)} slides of --labels are not in {source}")
+        lost = labels.keys() - {bare(row[0]) for row in found}
+        if lost:
+            print(f"slides of --labels that are not in {source}, {labelled.few(sorted(lost))}")
+        if unlabelled:
+            print(f"slides without a label, {labelled.few(unlabelled)}")
         self.names, self.labels, self.who, self.split = map(np.array, zip(*found, strict=True))
         # A patient on both sides of a split would make every number look better than it is.
         both = set(self.who[self.split == "train"]) & set(self.who[self.split == "test"])
@@ -158,7 +165,7 @@ class Slides:
             self.split[:] = ""
         # Embed slide by slide, so that a call that is stopped can go on.
         device = next(peer.model.parameters()).device
-        for bags, rows, path in tqdm(jobs, "slides", unit="slide", disable=None):
+        for bags, rows, path in data.progress(jobs, "slides", unit="slide"):
             if not path.exists():
                 told = evaluate.embed(peer.model, bags, rows, device)
                 wanted = ("image_embedding", "backbone", "valid")
@@ -207,10 +214,13 @@ def measure_pooling(slides, y, vectors):
 def measure_shards(peer, source, labels, classes, vectors, about, folds, out):
     """Measure MI-Zero (if there are classes) and attention MIL -> OUT/results.json, tables."""
     slides = Slides(peer, source, labels, out / "features")
-    names = list(classes or sorted(set(slides.labels)))
+    names, order = labelled.order_classes(slides.labels.tolist(), classes)
+    # Classes that no slide has are candidates for the prompts.
+    names = list(classes) or names
     y = np.array([names.index(label) for label in slides.labels])
     parted = len(set(slides.split)) > 1
-    split = "learned on train, measured on test" if parted else f"{folds} folds by patient"
+    dealt = f"{min(folds, len(set(slides.who)))} folds by patient"
+    split = "learned on train, measured on test" if parted else dealt
     about |= {"data": str(source), "n": len(y), "groups": "patient", "split": split}
     # Hash slides and labels, so that results of other tables can be told apart.
     told = sorted(zip(slides.names.tolist(), slides.labels.tolist(), strict=True))
@@ -231,6 +241,9 @@ def measure_shards(peer, source, labels, classes, vectors, about, folds, out):
             x, who, parts = [x[i] for i in use], slides.who[use], slides.split[use]
             learned[mag] = measure_mil(x, y[use], len(names), who, parts, folds, device)
     if learned:
+        pairs = metrics.splits(y, slides.who, slides.split, folds)
+        about["unlearned"] = metrics.find_unlearned(pairs, np.eye(len(names))[y] > 0, names)
+        about |= {"classes": names, "order": order}
         evaluate.save_results(out, "mil", {source.name: learned}, about)
         labelled.print_rows(f"Attention MIL, {split}", learned)
     else:

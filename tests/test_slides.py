@@ -320,7 +320,7 @@ def test_bad_input_is_one_sentence(run, world, tmp_path, monkeypatch):
         ("random", path, "--text", "fat"): "random reads no text",
         (run, tmp_path / "none.svs", "--text", "fat"): "none.svs is no slide",
         (*shards, tmp_path / "other.csv"): "--labels names none of the slides",
-        (*shards, tmp_path / "empty.csv"): "empty.csv has no column label: its first line has slide",
+        (*shards, tmp_path / "empty.csv"): "empty.csv has no column label",
         (*shards, tmp_path / "other.csv", "--text", "fat"): "not in shards",
     }
     for argv, message in wrong.items():
