@@ -77,7 +77,7 @@ def embed_files(peer, files, mpp=None, w=None):
     # A tile of no magnification stands for what cannot be read.
     none = torch.zeros(1, 3, S, S, dtype=torch.uint8), torch.tensor([-1])
     found = {}
-    for batch in tqdm(loader, "pictures", leave=False, disable=None):
+    for batch in data.progress(loader, "pictures", leave=False):
         for i, item in enumerate(batch):
             if isinstance(item, str):
                 tqdm.write(f"left out: {item}", file=sys.stderr)

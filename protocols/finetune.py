@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -103,7 +102,7 @@ def fine_tune(vision, tiles, y, C, train, val, epochs=30, lr=1e-3, seed=0, batch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     best = -1.0
     best_epoch = 0
-    bar = tqdm(range(1, epochs + 1), "fine-tune", unit="epoch", leave=False, disable=None)
+    bar = data.progress(range(1, epochs + 1), "fine-tune", unit="epoch", leave=False)
     for epoch in bar:
         both.train()
         order = np.random.default_rng([seed, epoch]).permutation(train)

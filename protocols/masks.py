@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -118,7 +117,7 @@ def scan(picture, mag, S, encode, cells=1, at_once=32):
     spots = [(left + x * step, top + y * step) for y in range(down) for x in range(across)]
     found = []
     title = f"{picture.name}, {len(spots)} windows"
-    for i in tqdm(range(0, len(spots), at_once), title, leave=False, disable=None):
+    for i in data.progress(range(0, len(spots), at_once), title, leave=False):
         tiles = np.stack([picture.read(x, y, side, S) for x, y in spots[i : i + at_once]])
         images = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
         found.append(encode(images).float().cpu())

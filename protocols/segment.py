@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -75,7 +74,7 @@ def zeroshot(encode, vectors, pairs, S, mpp, folder):
     """
     C = len(vectors)
     scored = []
-    for path, _ in tqdm(pairs, "by text", unit="picture", disable=None):
+    for path, _ in data.progress(pairs, "by text", unit="picture"):
         scored.append(score_picture(encode, vectors, path, S, mpp, folder))
     # Centre each magnification on all pictures, as evaluate.py merges bags.
     centre = {}
@@ -123,7 +122,7 @@ def decode(vision, pairs, folds, C, mag=20, mpp=None, most=20000, seed=0):
         # Collect tokens and their classes, so many that they fit into memory.
         rng = np.random.default_rng(seed)
         xs, ys = [], []
-        for r in tqdm(train, f"learn at {mag}x", unit="picture", leave=False, disable=None):
+        for r in data.progress(train, f"learn at {mag}x", unit="picture", leave=False):
             cells = read_tokens(vision, pairs[r][0], mag, mpp)
             y = masks.label_cells(masks.read_mask(pairs[r][1], C), cells, C)
             rows, columns = rng.permutation(np.argwhere(y >= 0))[: max(1, most // len(train))].T
@@ -131,7 +130,7 @@ def decode(vision, pairs, folds, C, mag=20, mpp=None, most=20000, seed=0):
             ys.append(y[rows, columns])
         # Fit the probe of evaluate.py on them; then each token paints its own square.
         weight, bias = evaluate.fit_logistic(np.concatenate(xs), np.concatenate(ys), C)
-        for r in tqdm(test, f"decode at {mag}x", unit="picture", leave=False, disable=None):
+        for r in data.progress(test, f"decode at {mag}x", unit="picture", leave=False):
             truth = masks.read_mask(pairs[r][1], C)
             cells = read_tokens(vision, pairs[r][0], mag, mpp)
             scores = (torch.from_numpy(cells.values).double() @ weight.T + bias).numpy()

@@ -460,7 +460,7 @@ def test_every_protocol_and_a_broken_picture(run, patches, monkeypatch, capsys):
     assert set(results(out)["retrieval"]) == {"5x", "10x", "20x", "40x"}
 
 
-def test_a_split_of_its_own_and_groups_that_leak_are_told(run, patches, monkeypatch, capsys):  # noqa: F811
+def test_leaks_and_thin_classes_are_told(run, patches, monkeypatch, capsys):  # noqa: F811
     lines = (patches / "index.csv").read_text().splitlines()
     parted = [lines[0] + ",split"]
     parted += [f"{line},{'test' if i < 10 else 'train'}" for i, line in enumerate(lines[1:])]
