@@ -29,9 +29,8 @@ from prepare import paint
 from prepare.slide import Slide
 from prepare.tile import tile
 
+
 # ---- Data and text -------------------------------------------------------------------------------
-
-
 def decode_tiles(path):
     """Decode all tiles of the finest level on one core, and keep nothing."""
     with tifffile.TiffFile(path) as file:
@@ -90,8 +89,6 @@ def bench_text():
 
 
 # ---- The step ------------------------------------------------------------------------------------
-
-
 def copying():
     """Return the bytes a second of a large copy, read and written."""
     source = torch.ones(2**28 if GPU else 2**25, device=DEVICE)
@@ -172,7 +169,7 @@ def bench_step():
     for name, given in (("pixels", batch), ("cached tokens", cached | {"tokens": tokens})):
         whole = functools.partial(step, given)
         measure(f"a whole step from {name}", whole, count_flops(whole))
-    step.share_of_waiting(batches, 8 if GPU else 1)
+    step.share_of_waiting(batches)
 
 
 if __name__ == "__main__":

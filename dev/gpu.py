@@ -1,6 +1,6 @@
 """Measure the paper preset on one GPU, row by row.
 
-    python -m dev.gpu prepare         # on any machine: make the data that the GPU needs
+    python -m dev.gpu prepare         # on any machine: make the data, to take along
     python -m dev.gpu                 # on the GPU: all stages in this order
     python -m dev.gpu step profile    # or only these
     python -m dev.gpu --tiny          # small networks, to try this file on a CPU
@@ -53,8 +53,6 @@ KERNELS = ("gemm", "cutlass", "xmma", "wgmma", "nvjet", "mm", "flash", "attentio
 
 
 # ---- Rows and clocks -----------------------------------------------------------------------------
-
-
 def row(name, *told):
     """Print a row at once: a later stage may not come to its end."""
     print(f"{name:33}", *told, sep=" | ", flush=True)
@@ -68,18 +66,16 @@ def attempt(name, call):
         row(name, "out of memory")
     except Exception as e:
         row(name, f"failed: {type(e).__name__}: {str(e).strip()[:200]!r}")
-    if GPU:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def clock(call):
     """Return the seconds that a call takes, on the GPU too."""
-    if GPU:
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if GPU else train.nothing
+    wait()
     start = time.perf_counter()
     call()
-    if GPU:
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -89,21 +85,19 @@ def products():
 
 
 def measure(name, call, work, limit=products):
-    """Time a call and its limit in turn, print both -> median seconds of the call.
+    """Time a call and its limit in turn, print a row -> median seconds of the call.
 
-    limit: a function that measures what the machine does a second; work: of the call, in the same
-    unit. The share is the median over rounds of the ratio in a round, so that other users of the
-    machine slow both.
+    limit: a function that measures what the machine does a second; work: of the call, in that unit.
+    The share is the median of the ratio in each round: other users of the machine slow both.
     """
     call()
-    times, rates = [], []
+    times, shares = [], []
     for _ in range(1 if ARGS.tiny else ROUNDS):
         times.append(clock(call))
-        rates.append(limit())
-    shares = [work / took / rate for took, rate in zip(times, rates, strict=True)]
-    took, rate = statistics.median(times), statistics.median(rates)
-    best = f"{limit.__name__.replace('_', ' ')} ({rate:.3g} a second)"
-    row(name, f"{1000 * took:9.1f} ms", f"{statistics.median(shares):.3f} of {best}")
+        shares.append(work / times[-1] / limit())
+    took, share = statistics.median(times), statistics.median(shares)
+    best = f"{limit.__name__.replace('_', ' ')}, {work / took / share:.3g} a second"
+    row(name, f"{1000 * took:9.1f} ms", f"{share:.3f} of {best}")
     return took
 
 
@@ -116,8 +110,6 @@ def count_flops(call):
 
 
 # ---- Batches and a step of the paper preset ------------------------------------------------------
-
-
 def prepare():
     """Make the built-in data that are missing."""
     for folder in {ARGS.paper, ARGS.data} & set(train.WORLDS):
@@ -184,19 +176,20 @@ class Step:
 
     def measure(self, name, batch):
         """Print rows about steps on one batch."""
-        given = data.to_device(batch, self.cfg, DEVICE)
-        flops, B = train.count_flops(self.objective, given, autocast()), len(batch["bag"])
-        del given
+        work = train.count_flops(
+            self.objective, data.to_device(batch, self.cfg, DEVICE), autocast()
+        )
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         # Time the first step alone: it compiles.
-        first = clock(lambda: self(batch))
-        speed = B / measure(name, lambda: self(batch), flops)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if GPU else 0
+        first, B = clock(lambda: self(batch)), len(batch["bag"])
+        speed = B / measure(name, lambda: self(batch), work)
+        memory = torch.cuda.max_memory_allocated() / 1e9
         row("", f"{B} bags, {speed:.2f} bags/s", f"{memory:.1f} GB", f"first step {first:.0f} s")
 
-    def share_of_waiting(self, batches, workers):
+    def share_of_waiting(self, batches):
         """Print the share of the time that steps on batches of loader processes wait for them."""
+        workers = 8 if GPU else 1
         more = dict(num_workers=workers, worker_init_fn=data.settle, pin_memory=GPU)
         coming = iter(DataLoader(batches, batch_size=None, prefetch_factor=4, **more))
         # Do not count the start of the processes.
@@ -212,8 +205,6 @@ class Step:
 
 
 # ---- Stages --------------------------------------------------------------------------------------
-
-
 @functools.cache
 def batches(share=1):
     """Return batches of 16 bags of 85 nodes, or of a share of these bags."""
@@ -276,11 +267,6 @@ def vision(trained=False):
     measure(name, lambda: once(run), flops)
 
 
-def trained():
-    """Measure the vision tower where it learns."""
-    vision(trained=True)
-
-
 def cached():
     """Measure how features are computed, and the step on them."""
     one, batch = Step(batches(), compile=True), some()[0]
@@ -292,11 +278,6 @@ def cached():
     row("features, once", f"{len(patches) / time_:.2f} bags/s")
     batch = {k: x for k, x in batch.items() if k not in ("pixels", "flips", "stain")}
     one.measure("step, cached features", batch | {"tokens": tokens})
-
-
-def loader():
-    """Measure the wait for loader processes."""
-    usual().share_of_waiting(batches(), 8 if GPU else 1)
 
 
 def profile():
@@ -358,6 +339,18 @@ def main(about, stages):
         attempt(name, stages[name])
 
 
+STAGES = {
+    "prepare": prepare,
+    "step": step,
+    "vision": vision,
+    "trained": lambda: vision(trained=True),
+    "cached": cached,
+    "loader": lambda: usual().share_of_waiting(batches()),
+    "profile": profile,
+    "all_tokens": all_tokens,
+    "tests": tests,
+    "default": default,
+}
+
 if __name__ == "__main__":
-    order = (prepare, step, vision, trained, cached, loader, profile, all_tokens, tests, default)
-    main(__doc__, {stage.__name__: stage for stage in order})
+    main(__doc__, STAGES)

@@ -19,19 +19,15 @@ import time
 TURN = 15
 
 
-def start(folder, command):
-    """Start Python with `command` in `folder`, in its own process group, and pause it at once."""
-    with open(os.path.join(folder, "race.txt"), "w") as out:
-        more = dict(cwd=folder, stdout=out, stderr=out, start_new_session=True)
-        process = subprocess.Popen([sys.executable, *command], **more)
-    os.killpg(process.pid, signal.SIGSTOP)
-    return process
-
-
 def race(folders, command):
-    """Run `command` in each folder by turns -> {folder: seconds it was let run}."""
-    running = {folder: start(folder, command) for folder in folders}
-    used = dict.fromkeys(folders, 0.0)
+    """Run Python with `command` in each folder by turns -> {folder: seconds it was let run}."""
+    running, used = {}, dict.fromkeys(folders, 0.0)
+    for folder in folders:
+        # Start it in a process group of its own, and pause it at once.
+        with open(os.path.join(folder, "race.txt"), "w") as out:
+            more = dict(cwd=folder, stdout=out, stderr=out, start_new_session=True)
+            running[folder] = subprocess.Popen([sys.executable, *command], **more)
+        os.killpg(running[folder].pid, signal.SIGSTOP)
     try:
         while running:
             for folder, process in list(running.items()):

@@ -69,14 +69,17 @@ def check_clip(name, state, encode, size=224):
     print(f"load_clip  {name:24} image {image:.1e}  text {words:.1e}", flush=True)
 
 
-def check_others():
-    """Compare a CLIP that reads larger images than it was trained on, and that of transformers."""
+def check_larger():
+    """Compare the positions of a CLIP that reads larger images than it was trained on."""
     state = shake(open_clip.create_model("ViT-B-32")).state_dict()
     resized, larger = dict(state), open_clip.create_model("ViT-B-32", force_image_size=256).eval()
     open_clip.model.resize_pos_embed(resized, larger)
     larger.load_state_dict(resized)
     check_clip("ViT-B-32 made 256 px", state, larger, size=256)
 
+
+def check_transformers():
+    """Compare the CLIP of transformers at its default sizes."""
     net = shake(transformers.CLIPModel(transformers.CLIPConfig()))
 
     def encode(images, ids):
@@ -149,7 +152,8 @@ def main():
     for name in CLIPS[:2] if args.small else CLIPS:
         net = shake(open_clip.create_model(name))
         check_clip(name, net.state_dict(), net)
-    check_others()
+    check_larger()
+    check_transformers()
 
 
 if __name__ == "__main__":

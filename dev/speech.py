@@ -21,10 +21,10 @@ import sys
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 
 import data
 import evaluate
+import losses
 import model as networks
 import text
 from prepare.world import ALL_DIAGNOSES, FAMILIES, WORDS
@@ -57,8 +57,8 @@ def caption_loss(model, tokenizer, images, captions):
     prefix = torch.ones(len(ids), dtype=torch.long)
     image_tokens = model.to_fusion(model.vision_tokens(images))
     fused = model.fuse_with_text(image_tokens, model.text(ids)[0], real, prefix)  # [n, T, D]
-    logits, asked = model.lm_logits(fused[:, :-1]), real[:, 1:]  # [n, T - 1, vocab], [n, T - 1]
-    return F.cross_entropy(logits[asked], ids[:, 1:][asked]).item()
+    asked = torch.ones(len(ids), dtype=torch.bool)
+    return losses.plm(model.lm_logits(fused), ids, prefix, real, asked).item()
 
 
 def look(model, tokenizer, bags):
