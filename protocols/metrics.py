@@ -59,8 +59,7 @@ def find_unlearned(pairs, holds, names):
     lost = [holds[test].any(0) & ~holds[train].any(0) for train, test in pairs]
     found = np.array(names)[np.any(lost, 0)].tolist()
     if found:
-        few = "too few patients or rows"
-        print(f"classes that a fold tests but could not learn ({few}): {', '.join(found)}")
+        print(f"tested where too few patients were there to learn it: {', '.join(found)}")
     return found
 
 

@@ -68,11 +68,9 @@ def prototypes(x0, y0, x1, C):
 
 
 def few_shot(x, y, C, train, test, draws=10):
-    """Learn prototypes of k rows a class -> {k: mean balanced accuracy of the draws, its interval}.
-
-    Numbers k that a class of the training rows has not are left out.
-    """
+    """Learn prototypes of k rows a class -> {k: mean balanced accuracy of draws, interval}."""
     found = {}
+    # Leave out numbers of rows that not every class has.
     for k in SHOTS:
         if np.bincount(y[train], minlength=C).min() < k:
             break
@@ -88,10 +86,7 @@ def few_shot(x, y, C, train, test, draws=10):
 
 
 def probe(pictures, classes, found, features, mags, folds):
-    """Learn from labels -> (linear probe [1], few-shot, names of the classes that suffered).
-
-    Both are {feature: {magnification: ...}}; metrics.find_unlearned says which classes suffer.
-    """
+    """Learn from labels -> (probe [1], few-shot: {feature: {magnification: ...}}, unlearned)."""
     y, who, C = pictures.numbers(classes), pictures.who(), len(classes)
     pairs = metrics.splits(y, who, pictures.split, folds)
     unlearned = metrics.find_unlearned(pairs, np.eye(C, dtype=bool)[y], classes)

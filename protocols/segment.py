@@ -66,17 +66,15 @@ def score_picture(encode, vectors, path, S, mpp, folder):
 
 
 def zeroshot(encode, vectors, pairs, S, mpp, folder):
-    """Segment pairs [(picture, mask)] by text -> ({magnification: pixels [R, C, C]}, maps).
+    """Segment pairs [(picture, mask)] by text -> ({magnification: confusion [R, C, C]}, maps).
 
-    pixels: confusion of truth and prediction, of a picture that has not a magnification 0; maps
-    {title: label map} of the last picture. Merged sums the magnifications, each minus the mean
-    score of a class over all pictures.
+    A magnification that a picture has not is 0. maps {title: label map} are of the last picture.
     """
     C = len(vectors)
     scored = []
     for path, _ in data.progress(pairs, "by text", unit="picture"):
         scored.append(score_picture(encode, vectors, path, S, mpp, folder))
-    # Centre each magnification on all pictures, as evaluate.py merges bags.
+    # To merge magnifications, centre each on all pictures, as evaluate.py does with bags.
     centre = {}
     for mag in evaluate.MAG_NAMES:
         means = [found[mag].values.mean((0, 1)) for found in scored if mag in found]
