@@ -185,7 +185,9 @@ def questions(bags, index):
 # ---- Scores, equal to scikit-learn's. A value that is not defined is NaN, never 0. --------------
 def confusion(y, p, C):
     """Count true classes y [R] and predicted classes p [R] -> [C, C], truth by prediction."""
-    return np.bincount(np.asarray(y) * C + np.asarray(p), minlength=C * C).reshape(C, C)
+    # Bytes would overflow from 16 classes on.
+    pairs = np.asarray(y, np.int64) * C + np.asarray(p)
+    return np.bincount(pairs, minlength=C * C).reshape(C, C)
 
 
 def rates(matrix):
@@ -230,7 +232,7 @@ def scores(y, p, C, groups, times=1000):
     # Count each group by itself: the patches of a slide are not independent.
     group, drawn = resamples(groups, times)
     tables = np.zeros((drawn.shape[1], C * C))
-    np.add.at(tables, (group, np.asarray(y) * C + np.asarray(p)), 1)
+    np.add.at(tables, (group, np.asarray(y, np.int64) * C + np.asarray(p)), 1)
     # A resample adds up the tables of the groups that it drew.
     samples = rates((drawn @ tables).reshape(-1, C, C))
     limits = {name: interval(values) for name, values in samples.items()}

@@ -172,6 +172,12 @@ def test_the_probe_is_that_of_scikit_learn():
 # ---- Files --------------------------------------------------------------------------------------
 
 
+def test_bytes_count_as_numbers():
+    y = np.arange(20, dtype=np.uint8)
+    assert (evaluate.confusion(y, y, 20) == np.eye(20)).all()
+    assert evaluate.scores(y, y, 20, np.arange(20), times=2)["accuracy"] == 1
+
+
 def test_results_of_other_weights_give_way(tmp_path):
     about = {"model": "a", "fingerprint": "1", "n": 3}
     evaluate.save_results(tmp_path, "probe", {"x": np.nan, "k": {5: (1.0, 2.0)}}, about)
