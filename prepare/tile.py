@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 from data import NODES, lock, mpp_of, square, write_whole
 from prepare.slide import Slide, find_slides, mpp_table, slide_key, thumbnail
 
@@ -42,7 +43,7 @@ def tissue_mask(slide, um=8.0):
     tint = 6 + max(0, int(blue - red), int(red - green))
     stain = np.maximum(stain, np.where(b < g, r - g, b - r) - tint).clip(0, 255)
     # Drop blue and green pen, whose red is below green, red pen, whose blue is far below red, and
-    # violet pen, which is more saturated than haematoxylin.
+    # violet pen, which is purer than haematoxylin.
     violet = (b >= r) & (b - g >= np.minimum(100, 0.64 * b))
     stain[((g > r) & (b - r > 75)) | (r - b > 100) | violet] = 0
     # Choose the threshold that maximises the variance between the classes [1, equation 18].
@@ -102,12 +103,11 @@ def choose_parents(slide, fov_px=512, parents=20, min_tissue=0.5, seed=0):
     # Try 16 grids, a quarter parent apart, because a biopsy is narrower than a parent.
     grids = []
     enough = []
-    for down in range(4):
-        for right in range(4):
-            x, y = np.meshgrid(starts(0, right), starts(1, down))
-            grids.append((x.reshape(-1, 1), y.reshape(-1, 1)))
-            share = tissue_fraction(mask, scale, x, y, np.full_like(x, side))
-            enough.append((share >= min_tissue).sum())
+    for down, right in np.ndindex(4, 4):
+        x, y = np.meshgrid(starts(0, right), starts(1, down))
+        grids.append((x.reshape(-1, 1), y.reshape(-1, 1)))
+        share = tissue_fraction(mask, scale, x, y, np.full_like(x, side))
+        enough.append((share >= min_tissue).sum())
     # Take the one with most parents of enough tissue. The first of equals is the centred one.
     x, y = grids[int(np.argmax(enough))]
     # Measure all 85 nodes of each square.
@@ -144,7 +144,6 @@ def write_bags(slide, squares, settings):
             pixels = slide.read(x, y, side, 8 * settings["patch_px"])
             # Keep half the colour (4:2:2): it tells nucleus from cytoplasm.
             jpg = imagecodecs.jpeg8_encode(pixels, settings["quality"], subsampling="422")
-            # The checksum tells damage that still decodes.
             row = dict(x=x, y=y, side=side, crc=zlib.crc32(jpg), mags=slide.mags)
             row["tissue"] = tissue.round(4).tolist()
             about = json.dumps(dict(slide=slide.name, mpp=slide.mpp, **row)).encode()
@@ -237,14 +236,9 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
     owned = lock(out)
 
     # Skip what is done.
-    jobs = []
-    counts = []
-    for path in paths:
-        count = _finished(path, mpps[path.name], out, settings)
-        if count is None:
-            jobs.append((path, mpps[path.name]))
-        else:
-            counts.append(count)
+    found = {path: _finished(path, mpps[path.name], out, settings) for path in paths}
+    jobs = [(path, mpps[path.name]) for path in paths if found[path] is None]
+    counts = [count for count in found.values() if count is not None]
 
     # Do the rest. A slide that fails is noted, and tried again by the next call.
     threads = max(1, (os.cpu_count() or 1) // max(1, workers))
@@ -269,9 +263,7 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Slides -> bags of 85 patches.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Slides -> bags.", allow_abbrev=False)
     add = parser.add_argument
     add("slides", nargs="+", help="files or folders")
     add("--out", required=True, help="folder of shards")
@@ -294,10 +286,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: finished slides are kept, the same command continues", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "finished slides are kept, the same command continues")

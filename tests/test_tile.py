@@ -10,7 +10,6 @@ import tarfile
 import threading
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +22,6 @@ from written import SMALL, picture, slides_in, write
 import data
 from prepare.slide import Slide, find_slides, mpp_table
 from prepare.tile import choose_parents, tile, tissue_fraction, tissue_mask
-
-REAL = Path(__file__).resolve().parents[2] / "shared/data/slides"
 
 
 def cli(*args, **more):
@@ -147,7 +144,7 @@ def test_tile_shards(tmp_path):
     assert bags.shard_of.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert (item["key"], item["slide"], item["index"]) == ("s1-03", "s1.svs", 7)
     assert (bags.keys[7], bags.slides[7]) == ("s1-03", "s1.svs")
-    assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 256, 256)
+    assert item["image"].dtype == torch.uint8
     assert item["valid"].all() and bags.valid.shape == (12, 85) and bags.valid.dtype == torch.bool
     want = torch.from_numpy(picture(512, 512, seed=1)[256:, 256:]).permute(2, 0, 1).float()
     # Only the noise of JPEG is left.
@@ -176,20 +173,17 @@ def test_tile_shards(tmp_path):
 
 
 def test_a_bag_that_was_damaged_is_named(tmp_path):
-    out = tmp_path / "out"
-    tile(slides_in(tmp_path / "in", 1), out, patch_px=32, fov_px=32)
-    index = out / "bags-s0.index.json"
-    shard = bytearray((out / "bags-s0.tar").read_bytes())
-    at, n = json.loads(index.read_text())["bags"][1]["jpg"]
-    shard[at + n // 2 : at + n // 2 + 400] = bytes(400)
-    (out / "bags-s0.tar").write_bytes(shard)
-    bags = data.Bags(out)
-    assert bags[0]["image"].shape == bags[2]["image"].shape
+    tile(slides_in(tmp_path / "in", 1), tmp_path / "out", patch_px=32, fov_px=32)
+    bags = data.Bags(tmp_path / "out")
+    at, n = bags.meta[1]["jpg"]
+    shard = bags.shards[0].read_bytes()
+    bags.shards[0].write_bytes(shard[: at + n // 2] + bytes(400) + shard[at + n // 2 + 400 :])
     with pytest.raises(ValueError, match="bags-s0.tar: bag s0-01 is damaged .*: delete this file"):
         bags[1]
     # Shards of older versions have no checksums.
+    index = tmp_path / "out" / "bags-s0.index.json"
     index.write_text(re.sub(r'"crc": \d+, ', "", index.read_text()))
-    assert data.Bags(out)[1]["image"].shape == bags[0]["image"].shape
+    assert data.Bags(tmp_path / "out")[1]["image"].shape == bags[0]["image"].shape
 
 
 def test_tile_resumes_extends_and_is_deterministic(tmp_path):
@@ -253,11 +247,11 @@ def test_a_bad_slide_costs_one_slide(tmp_path):
     (slides / "cut.svs").write_bytes(good[: len(good) // 2])
     (slides / "empty.svs").write_bytes(b"")
     write(slides / "scale.svs", picture(), text="Aperio x")
-    # Overwrite one tile with zeros.
-    with tifffile.TiffFile(slides / "s0.svs") as tif:
-        at = tif.pages[0].dataoffsets[1]
-        n = tif.pages[0].databytecounts[1]
-    (slides / "rotten.svs").write_bytes(good[:at] + bytes(n) + good[at + n :])
+    # Overwrite a piece of one tile, which decodes nevertheless.
+    rotten = write(slides / "rotten.svs", picture(), compression="jpeg").read_bytes()
+    with tifffile.TiffFile(slides / "rotten.svs") as tif:
+        at = tif.pages[0].dataoffsets[1] + 5000
+    (slides / "rotten.svs").write_bytes(rotten[:at] + bytes(200) + rotten[at + 200 :])
     small = ("--out", out, "--patch-px", 8, "--fov-px", 32)
     for _ in range(2):
         # The same command tries them again.
@@ -376,16 +370,3 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert "Traceback" not in r.stderr
     assert not list(out.glob("bags-*")) and not list(out.glob(".bags*"))
     assert tile(slides, out, patch_px=32, fov_px=32)["failed"] == 0
-
-
-# ---------------------------------------------------------------- real slides
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real slides here")
-def test_real_slides(tmp_path):
-    for path in [p for p in find_slides(REAL) if "c" in p.name[:2]]:
-        with Slide(path, mpp=0.5) as slide:
-            W, H = slide.size
-            assert slide.read(W // 2 - 100, H // 2 - 100, 200, 100).std() > 2
-            mask, _ = tissue_mask(slide)
-            assert 0.02 < mask.mean() < 0.99

@@ -19,6 +19,10 @@ TILES = dict(photometric="rgb", tile=(256, 256), compression="deflate", metadata
 APERIO = "Aperio Image Library v12\r\n512x512|AppMag = 40|MPP = "
 
 
+def per_cm(x, y=None):
+    return dict(resolution=(x, y or x), resolutionunit="CENTIMETER")
+
+
 def half(image, k):
     """Average k x k pixels."""
     image = image[: len(image) // k * k, : image.shape[1] // k * k].astype(float)
