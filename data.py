@@ -80,32 +80,23 @@ def lock(folder, name=".lock", wait=False):
     return file
 
 
-def on_white(image):
-    """Lay a picture of any mode on white, as glass is -> PIL image, RGB."""
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def read_image(path):
-    """Read a patch file (PNG, JPEG, TIFF) -> PIL image, RGB. ValueError names the file."""
-    try:
-        with Image.open(path) as image:
-            # Pillow would clip deeper pixels to white.
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are {image.mode}, not 8-bit")
-            return on_white(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path} cannot be read as a picture ({e}): give 8-bit RGB") from None
-
-
 def progress(*args, **more):
     """Show tqdm's bar on a terminal; elsewhere, as in the log of a job, a line a minute."""
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
         more |= dict(delay=60, mininterval=60, maxinterval=60, bar_format=line)
     return tqdm(*args, **more)
+
+
+def run_script(main, stopped="nothing was written"):
+    """Run a script's main: a mistake ends in one sentence, Ctrl-C says what is kept."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print(f"\nstopped: {stopped}", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------- the 85 nodes

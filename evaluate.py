@@ -569,10 +569,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: results.json keeps what was measured before", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "results.json keeps what was measured before")

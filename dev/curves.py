@@ -8,7 +8,6 @@ dots in the panel of its training loss.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    data.run_script(main)

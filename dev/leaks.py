@@ -10,7 +10,6 @@ trains. So what it cannot read is not there to be read. Results by date are in d
 """
 
 import argparse
-import sys
 
 import numpy as np
 import torch
@@ -108,7 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    data.run_script(main)

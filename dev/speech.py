@@ -17,7 +17,6 @@ right facts, in whatever wording, and those equal in every word.
 """
 
 import argparse
-import sys
 from collections import Counter
 
 import torch
@@ -119,7 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    data.run_script(main)

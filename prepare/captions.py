@@ -400,10 +400,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: what is written is kept, the same command continues", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "what is written is kept, the same command continues")

@@ -12,7 +12,6 @@ skipped; processes share the others. Then train with train.py --freeze_vision tr
 import argparse
 import functools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("stopped: finished shards are kept; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "finished shards are kept; the same command continues")

@@ -138,10 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "nothing was written")

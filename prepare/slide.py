@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import MAGS, mpp_of, on_white
+from data import MAGS, mpp_of
 
 # Slide files of a folder: tifffile reads the first seven kinds, OpenSlide the others.
 SUFFIXES = ".svs .tif .tiff .btf .ndpi .scn .qptiff .mrxs .bif .vms .vmu .dcm .czi .svslide".split()
@@ -32,6 +32,26 @@ JPEG_2000 = (34712, 33003, 33005)
 YCBCR = re.compile(rb"\xff\xee\0\x0eAdobe|\xff[\xc0-\xc2]..\x08.{4}\x03.[^\x11]", re.DOTALL)
 # Microns of the units that scales are written in.
 MICRONS = {"nm": 0.001, "um": 1, "mm": 1000, "cm": 10000, "in": 25400, "inch": 25400}
+
+
+def on_white(image):
+    """Lay a picture of any mode on white, as glass is -> PIL image, RGB."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_image(path):
+    """Read a patch file (PNG, JPEG, TIFF) -> PIL image, RGB. ValueError names the file."""
+    try:
+        with Image.open(path) as image:
+            # Pillow would clip deeper pixels to white.
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are {image.mode}, not 8-bit")
+            return on_white(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path} cannot be read as a picture ({e}): give 8-bit RGB") from None
 
 
 def number(text):

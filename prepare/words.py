@@ -9,7 +9,6 @@ then no gradient is left to part them (dev/LOG.md). train.py --init FILE takes t
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +131,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("stopped: nothing is kept; the same command starts again", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "nothing is kept; the same command starts again")

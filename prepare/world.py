@@ -18,7 +18,6 @@ import argparse
 import functools
 import json
 import os
-import sys
 import zlib
 from pathlib import Path
 
@@ -320,10 +319,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("stopped: finished files are kept; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "finished files are kept; the same command continues")

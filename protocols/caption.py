@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import data
 import evaluate
 import model as networks
 from protocols.embed import Tiles
@@ -104,10 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: the captions above are complete", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "the captions above are complete")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+from prepare.slide import read_image
 from protocols import labelled
 
 
@@ -51,7 +52,7 @@ class Tiles(Dataset):
 
     def __getitem__(self, i):
         try:
-            image = data.read_image(self.files[i])
+            image = read_image(self.files[i])
         except ValueError as e:
             return str(e)
         if self.mpp:

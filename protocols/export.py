@@ -10,7 +10,6 @@ leave: no other package has its convolutional stem.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import data
@@ -231,10 +230,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: files that are there are whole", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "files that are there are whole")

@@ -13,7 +13,6 @@ training groups, or the data's own validation rows, say when to stop; the test r
 import argparse
 import copy
 import math
-import sys
 
 import numpy as np
 import torch
@@ -198,10 +197,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "nothing was written")

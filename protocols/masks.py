@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 import evaluate
-from prepare.slide import Slide, resize
+from prepare.slide import Slide, read_image, resize
 
 VOID = 255  # pixels of a mask that count for nothing
 FLAT = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -30,7 +30,7 @@ class Flat:
         if not mpp:
             raise ValueError(f"{path} does not say its microns per pixel: pass --mpp (0.5 is 20x)")
         self.name = Path(path).name
-        self.image = data.read_image(path)
+        self.image = read_image(path)
         self.size = self.image.size
         self.mpp = mpp
         self.mags = tuple(mag for mag in data.MAGS if mpp < 1.2 * data.mpp_of(mag))

@@ -14,7 +14,6 @@ import argparse
 import base64
 import html
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -202,10 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: pictures that were drawn are kept", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "pictures that were drawn are kept")

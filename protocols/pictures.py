@@ -13,7 +13,6 @@ Shape letters: R pictures, L magnifications (1 without --levels), C classes, D w
 """
 
 import argparse
-import sys
 
 import numpy as np
 import torch
@@ -203,10 +202,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: the features read so far are kept for the next call", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "the features read so far are kept for the next call")

@@ -16,7 +16,6 @@ shared space.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -233,10 +232,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: what was read by text is kept; repeat the command", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "what was read by text is kept; repeat the command")

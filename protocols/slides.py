@@ -242,10 +242,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\nstopped: slides that are done are kept; repeat the command", file=sys.stderr)
-        sys.exit(130)
+    data.run_script(main, "slides that are done are kept; repeat the command")

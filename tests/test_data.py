@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from written import IMAGE, SMALL, slides_in
 
 import data
+from prepare.slide import read_image
 from prepare.tile import tile
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/slides"
@@ -38,14 +39,14 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
 def test_read_image(tmp_path):
     for name in ("a.png", "a.tif"):
         Image.fromarray(IMAGE).save(tmp_path / name)
-        assert (np.asarray(data.read_image(tmp_path / name)) == IMAGE).all()
+        assert (np.asarray(read_image(tmp_path / name)) == IMAGE).all()
     Image.fromarray(IMAGE[..., 0]).save(tmp_path / "grey.png")
-    assert data.read_image(tmp_path / "grey.png").mode == "RGB"
+    assert read_image(tmp_path / "grey.png").mode == "RGB"
     Image.fromarray(IMAGE[..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "text.png").write_text("no picture")
     for name in ("deep.png", "text.png", "missing.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            data.read_image(tmp_path / name)
+            read_image(tmp_path / name)
 
 
 # ---------------------------------------------------------------- the 85 nodes
