@@ -229,17 +229,6 @@ def read_classes(path):
     return found
 
 
-def read_truth(bags):
-    """Read bags-*.truth.jsonl beside the shards -> {key: list of 85 (dict or None)}."""
-    truth = {}
-    for shard in bags.shards:
-        path = shard.with_suffix(".truth.jsonl")
-        if path.exists():
-            for _, row in text.read_lines(path):
-                truth.setdefault(row["key"], [None] * NODES)[row["node"]] = row
-    return truth
-
-
 # ---------------------------------------------------------------- pyramid and augmentation
 
 

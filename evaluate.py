@@ -163,7 +163,7 @@ def questions(bags, index):
     for path in (bags.folder.parent / "classes.json", bags.folder / "classes.json"):
         if path.exists():
             asked = data.read_classes(path)
-    truth = data.read_truth(bags)
+    truth = text.read_truth(bags.shards)
     facts = {}
     labels = {}
     for fact, classes in asked["facts"].items():
@@ -254,10 +254,11 @@ def level_scores(features, vectors):
 
 
 def merged_scores(test, train):
-    """Sum the scores [R, 4, C] of the magnifications, centred on training bags -> [R, C]."""
+    """Sum the scores [R, 4, C] of the magnifications, centred on training bags -> [R, C], or NaN."""
     known = ~np.isnan(train)
     centre = np.where(known, train, 0).sum(0) / np.maximum(known.sum(0), 1)  # [4, C]
-    return np.nansum(test - centre, axis=1)
+    # A bag without a valid node has no class.
+    return np.where(np.isnan(test).all(1), np.nan, np.nansum(test - centre, axis=1))
 
 
 def top_j(patches, js=(1, 5, 10, 50, 100)):
@@ -441,12 +442,17 @@ def save_results(folder, name, found, about):
         data.write_whole(path, json.dumps(ready, indent=1))
 
 
+def one_line(words):
+    """Put a text from anywhere on one line, without control characters, to print or to draw."""
+    return " ".join("".join(c if c.isprintable() else " " for c in words).split())
+
+
 def print_table(title, columns, rows):
     """Print a Markdown table: a title, the names of the columns, rows of cells (str)."""
-    rows = [list(columns), *rows]
+    rows = [list(map(one_line, row)) for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
-    print(f"\n{title}\n")
+    print(f"\n{one_line(title)}\n")
     for row in rows:
         print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
 
@@ -509,21 +515,25 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     inside = (folder / "test").is_dir()
     test = data.Bags(folder / "test" if inside else folder)
     train = data.Bags(folder / "train") if inside and (folder / "train").is_dir() else None
-    features = embed(model, test, spread(test, most), device)
+    index = spread(test, most)
+    facts, templates, labels = questions(test, index)
+    captions = text.Captions(test.folder).files
+    if not facts:
+        lack = f"{folder} has no classes.json with truth of its bags"
+        if not captions:
+            raise ValueError(f"{lack}, and {test.folder} no captions: give one of the two")
+        print(f"{lack}: only retrieval is measured")
+    features = embed(model, test, index, device)
     reference = embed(model, train, spread(train, most // 2), device) if train else features
 
     # Say what the numbers are about.
     digest = hashlib.sha256("\n".join(test.keys).encode() + test.valid.numpy().tobytes())
     about = dict(model=Path(run).resolve().name, fingerprint=networks.fingerprint(model))
-    about |= dict(
-        data=str(test.folder), data_hash=digest.hexdigest()[:12], n=len(features["index"])
-    )
-    about["split"] = f"centred on {len(reference['index'])} {'training' if train else 'test'} bags"
+    about |= dict(data=str(test.folder), data_hash=digest.hexdigest()[:12], n=len(index))
+    about["centred_on"] = len(reference["index"])
+    about["split"] = f"centred on {about['centred_on']} {'training' if train else 'test'} bags"
 
     # Ask by prompts. Tables show the ensemble, results.json the other prompts too.
-    facts, templates, labels = questions(test, features["index"])
-    if not facts:
-        print(f"{folder} has no classes.json with truth of its bags: only retrieval is measured")
     found = {fact: {} for fact in facts}
     for fact, mode in product(facts, ("single", "ensemble")):
         names = facts[fact].values()

@@ -339,6 +339,15 @@ class Captions:
         return bags
 
 
+def read_truth(shards):
+    """Read bags-*.truth.jsonl beside shards -> {key: list of 85 (dict or None)}."""
+    truth = {}
+    for path in (shard.with_suffix(".truth.jsonl") for shard in shards):
+        for _, row in read_lines(path) if path.exists() else ():
+            truth.setdefault(row["key"], [None] * NODES)[row["node"]] = row
+    return truth
+
+
 # --- Text to numbers, with CLIP's vocabulary or one that is learned from the captions -------------
 # CLIP's words [4]: contractions, letters, single digits, runs of other marks.
 SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)

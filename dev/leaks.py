@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
+import text
 
 # Tumour patches of a bag that are used at one magnification.
 PER_BAG = 16
@@ -26,7 +27,7 @@ PER_BAG = 16
 def load(folder, level):
     """Cut tumour patches of one node level -> uint8 [R, 3, S, S], their truths, slides [R]."""
     bags, rng = data.Bags(folder), np.random.default_rng(0)
-    truth = data.read_truth(bags)
+    truth = text.read_truth(bags.shards)
     if not truth:
         raise ValueError(f"{folder} holds no truth: make it by prepare.world")
     patches, truths, slides = [], [], []

@@ -62,7 +62,7 @@ def caption_loss(model, tokenizer, images, captions):
 
 def look(model, tokenizer, bags):
     """Print a row a magnification, and how often the most frequent caption was said."""
-    stored, truth = text.Captions(bags.folder), data.read_truth(bags)
+    stored, truth = text.Captions(bags.folder), text.read_truth(bags.shards)
     said, rows = Counter(), []
     for mag, (node, fact) in zip(data.MAGS, NODES.items(), strict=True):
         chosen = [i for i in range(2, len(bags), 6) if bags.valid[i, node]]

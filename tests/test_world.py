@@ -278,7 +278,7 @@ def test_the_world_is_what_a_lab_brings(world):
         assert all(all(captions[key]) for key in bags.keys)
     # The classes of each fact are those that the truth names.
     classes = data.read_classes(world / "classes.json")
-    truth = data.read_truth(train)
+    truth = text.read_truth(train.shards)
     for fact, names in classes["facts"].items():
         found = {row[fact] for bag in truth.values() for row in bag if row[fact]}
         assert found and found <= set(names)
