@@ -440,21 +440,6 @@ def bare(name):
     return Path(name).stem if Path(name).suffix.lower() in known else name
 
 
-def match_names(rows, names, source):
-    """Match rows [(name, value)] of a table to slides, with or without suffix -> {slide: value}.
-
-    ValueError names the table, source, and its rows that match no slide, or one twice.
-    """
-    slides = {bare(name): name for name in names}
-    often = Counter(bare(name) for name, _ in rows)
-    wrong = [name for name, _ in rows if bare(name) not in slides or often[bare(name)] > 1]
-    if wrong or not rows:
-        few = ", ".join([*wrong[:5], *["..."] * (len(wrong) > 5)])
-        count = f"{len(wrong)} of {len(rows)} lines name no slide here, or one twice"
-        raise ValueError(f"{source}: {count} ({few}): correct them")
-    return {slides[bare(name)]: value for name, value in rows}
-
-
 def mpp_table(mpp, names):
     """Read --mpp: None, a number, or a CSV of slide,mpp lines -> {name: mpp or None}."""
     # One number is for all slides; without any they keep what their files say.
@@ -464,8 +449,16 @@ def mpp_table(mpp, names):
     for i, line in enumerate(Path(mpp).read_text("utf-8-sig", "replace").splitlines(), 1):
         found = re.fullmatch(r'\s*"?(.+?)"?\s*,\s*"?([-+\d.,eE]+)"?\s*', line)
         if found and number(found[2]):
-            rows.append((found[1], number(found[2])))
+            rows.append((bare(found[1]), number(found[2])))
         # The first line may be a heading.
         elif line.strip() and (i > 1 or re.search(r"\d", line)):
             raise ValueError(f"{mpp}:{i}: expected slide,mpp, found {line!r}")
-    return dict.fromkeys(names) | match_names(rows, names, mpp)
+    # A line that names no slide may be of one that is written in another way.
+    slides = {bare(name): name for name in names}
+    often = Counter(name for name, _ in rows)
+    wrong = [name for name in often if often[name] > 1 or name not in slides]
+    if wrong or not rows:
+        few = ", ".join([*wrong[:5], *["..."] * (len(wrong) > 5)])
+        count = f"{len(wrong)} names of {len(rows)} lines are no slides here, or stand there twice"
+        raise ValueError(f"{mpp}: {count} ({few}): correct them")
+    return dict.fromkeys(names) | {slides[name]: value for name, value in rows}
