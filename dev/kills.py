@@ -1,11 +1,13 @@
 """Kill a run again and again, and compare its end bit by bit with an undisturbed run.
 
-    python -m dev.kills --rounds 200          # about ten minutes on a CPU
+    python -m dev.kills --rounds 200          # about fifteen minutes on a CPU
 
 Each round starts the same train.py command and ends it at a random moment. One in four is a request
 (SIGTERM, SIGUSR1, SIGINT), which train.py must grant with exit code 0. The others are SIGKILL, a
-third of them while a checkpoint is being written. After each, the checkpoint must be readable and
-not older than before. At the end, weights, optimiser and log must be equal in every bit.
+third of them while a checkpoint is being written. One round in five runs under torchrun and signals
+torchrun alone: whatever becomes of it, its process must save and leave. After each, the checkpoint
+must be readable and not older than before. At the end, weights, optimiser and log must be equal in
+every bit. Then the evaluation is killed, once for ten rounds, and must end with the same results.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+import data
 from dev.curves import read_log
 from prepare.world import make_world
 from tests.conftest import Script, script
@@ -85,10 +90,51 @@ def disturb(argv, run, rng):
     return name, process.wait().returncode, reached
 
 
-def torment(folder, out, steps, rounds, seed=0):
+def disturb_torchrun(argv, run, rng):
+    """Start the run under torchrun and signal torchrun alone -> (signal, 0, step it had logged)."""
+    before = (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
+    where = "--rdzv_backend=c10d --rdzv_endpoint=localhost:0 train.py".split()
+    command = [sys.executable, "-m", "torch.distributed.run", *where, *map(str, argv)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, **quiet)
+    until = time.time() + 60
+    while not logged_step(run, before) and time.time() < until:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    name, reached = rng.choice((signal.SIGKILL, *REQUESTS)), logged_step(run, before)
+    process.send_signal(name)
+    process.wait()
+    # The process of torchrun holds the folder until it has left.
+    while time.time() < until:
+        with contextlib.suppress(ValueError):
+            data.lock(run).close()
+            break
+        time.sleep(0.01)
+    return name, 0, reached
+
+
+def torment_evaluation(run, rounds, rng):
+    """Kill evaluate.py at random moments; its results must be whole, and equal at last."""
+    path = run / "results.json"
+    start = time.time()
+    script("evaluate.py", run, timeout=3600, check=True)
+    expected, took = path.read_text(), time.time() - start
+    path.unlink()
+    for _ in range(rounds):
+        process = Script("evaluate.py", run)
+        time.sleep(rng.uniform(0, took))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not path.exists() or json.loads(path.read_text())
+    script("evaluate.py", run, timeout=3600, check=True)
+    assert path.read_text() == expected, "the results differ"
+
+
+def torment(folder, out, steps, rounds, seed=0, torchrun=0.0):
     """Disturb a run at most `rounds` times, let it end, and compare it with out/whole.
 
-    folder: a small data folder. Returns (kills, requests, steps that had to be done twice).
+    folder: a small data folder; torchrun: share of the rounds that are run under it.
+    Returns (kills, requests, steps that had to be done twice).
     """
     argv = ["--data", folder, "--steps", steps, *TINY]
     whole, run, rng = Path(out) / "whole", Path(out) / "killed", random.Random(seed)
@@ -96,13 +142,13 @@ def torment(folder, out, steps, rounds, seed=0):
     argv += ["--out", run]
     kills, requests, twice, at = 0, 0, 0, 0
     while kills + requests < rounds and at < steps:
-        name, code, reached = disturb(argv, run, rng)
+        under = rng.random() < torchrun
+        name, code, reached = (disturb_torchrun if under else disturb)(argv, run, rng)
         now = load(run)["step"]
         assert now >= at, f"the checkpoint went back from step {at} to {now}"
-        if name == signal.SIGKILL:
-            kills += 1
-        else:
-            requests += 1
+        kills += name == signal.SIGKILL
+        requests += name != signal.SIGKILL
+        if under or name != signal.SIGKILL:
             kept = code == 0 and now >= reached
             assert kept, f"{name.name}: exit code {code}, step {now} of {reached} kept"
         twice += max(0, reached - now)
@@ -111,6 +157,7 @@ def torment(folder, out, steps, rounds, seed=0):
     for part in ("step", "model", "heads", "optimizer"):
         torch.testing.assert_close(load(run)[part], load(whole)[part], rtol=0, atol=0)
     assert read_log(whole)["loss"] == read_log(run)["loss"], "the logs differ"
+    torment_evaluation(run, rounds // 10, rng)
     return kills, requests, twice
 
 
@@ -121,7 +168,8 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_world(f"{folder}/world", train=6, test=2)
-        kills, requests, twice = torment(f"{folder}/world", folder, args.steps, args.rounds)
+        world = f"{folder}/world"
+        kills, requests, twice = torment(world, folder, args.steps, args.rounds, torchrun=0.2)
     print(f"{kills} kills, {requests} requests, {twice} steps done twice: the end is bit-equal")
 
 
