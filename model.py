@@ -25,8 +25,10 @@ Shape letters: N images or texts, S pixels a side, P patch tokens, V image token
 """
 
 import hashlib
+import json
 import math
-from collections import OrderedDict
+import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,16 +46,11 @@ CLIP_B32 = dict(size=224, patch=32, width=768, depth=12, heads=12, clip=True, st
 CLIP_TEXT = dict(context=77, width=512, depth=12, heads=8)
 UNI = dict(size=224, patch=16, width=1024, depth=24, heads=16, layer_scale=1e-5)
 PAPER = dict(fusion=dict(width=768, depth=6, heads=12, pool=4), embed=512, simsiam=(2048, 512))
+SMALL = dict(size=64, patch=16, width=128, depth=1, heads=4, layer_scale=0.1, stats=HALF)
+SMALL_TEXT = dict(context=64, width=64, depth=1, heads=2)
+SYNTHETIC = dict(fusion=dict(width=64, depth=1, heads=2, pool=2), embed=128, simsiam=(128, 64))
 SIZES = {
-    "synthetic": dict(
-        vision=dict(
-            size=64, patch=16, width=128, depth=1, heads=4, stem="conv", layer_scale=0.1, stats=HALF
-        ),
-        text=dict(context=64, width=64, depth=1, heads=2),
-        fusion=dict(width=64, depth=1, heads=2, pool=2),
-        embed=128,
-        simsiam=(128, 64),
-    ),
+    "synthetic": dict(vision=dict(SMALL, stem="conv"), text=SMALL_TEXT, **SYNTHETIC),
     "paper": dict(vision=UNI, text=CLIP_TEXT, **PAPER),
     "quiltnet": dict(vision=CLIP_B32, text=CLIP_TEXT, **PAPER),
     "plip": dict(vision=dict(CLIP_B32, quick=True), text=dict(CLIP_TEXT, quick=True), **PAPER),
@@ -117,10 +114,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a GELU between them, D -> 4D -> D; quick: OpenAI's x * sigmoid(1.702 x).
-
-    Weights trained with one GELU give silently worse features under the other.
-    """
+    """Two layers with a GELU between them, D -> 4D -> D; quick: OpenAI's x * sigmoid(1.702 x)."""
 
     def __init__(self, width, quick=False):
         super().__init__()
@@ -190,7 +184,7 @@ class ViT(nn.Module):
     """Vision transformer [2]: images [N, 3, S, S] in [0, 1] -> tokens [N, 1 + P, D], class first.
 
     stem "patch": one strided convolution, as in timm, UNI and CLIP. dialect: clip=True for CLIP's
-    norm before the blocks, its epsilon, and no bias; quick for OpenAI's GELU; stats of the pixels.
+    norm before the blocks, its eps, and no bias; quick: OpenAI's GELU; eps; stats of the pixels.
 
     stem "conv": five convolutions with batch norm, four of them strided [5], to learn from scratch
     within minutes. It centres each image on its own mean colour, because the stain tells nothing,
@@ -200,25 +194,23 @@ class ViT(nn.Module):
     def __init__(self, size, patch, width, depth, heads, stem="patch", layer_scale=0.0, **dialect):
         super().__init__()
         clip, quick = dialect.get("clip", False), dialect.get("quick", False)
-        mean, std = dialect.get("stats", IMAGENET)
-        eps = 1e-5 if clip else 1e-6
+        self.stats = dialect.get("stats", IMAGENET)
+        eps = dialect.get("eps", 1e-5 if clip else 1e-6)
         if size % patch or stem == "conv" and patch != 16:
             raise ValueError(f"an image of {size} px with a {stem} stem has no patches of {patch}")
         self.size, self.patch, self.width, self.grid = size, patch, width, size // patch
         self.conv = stem == "conv"
-        if self.conv:
-            self.patch_embed = conv_stem(width)
-        else:
-            conv = nn.Conv2d(3, width, patch, patch, bias=not clip)
-            self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
+        self.patch_embed = conv_stem(width) if self.conv else nn.Sequential()
+        if not self.conv:
+            self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=not clip)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
         self.norm_pre = nn.LayerNorm(width, eps) if clip else nn.Identity()
-        blocks = [Block(width, heads, eps, layer_scale, quick) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        block = (width, heads, eps, layer_scale, quick)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        for name, x in zip(("mean", "std"), self.stats, strict=True):
+            self.register_buffer(name, torch.tensor(x).view(1, 3, 1, 1))
 
     def forward(self, images):
         """Encode images [N, 3, S, S] in [0, 1] to tokens [N, 1 + P, D]."""
@@ -263,8 +255,7 @@ class TextTower(nn.Module):
         self.end, self.context, self.width = end, context, width
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(torch.zeros(context, width))
-        blocks = [Block(width, heads, eps, quick=quick) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(width, heads, eps, quick=quick) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
         self.proj = nn.Linear(width, embed, bias=False)
 
@@ -288,14 +279,7 @@ def real_tokens(ids, end):
 
 
 class MRPLIP(nn.Module):
-    """All networks but MRTVA's heads [1]. vision, text, fusion: keyword arguments as in SIZES.
-
-    images  -> vision -> pool_tokens -> [N, V, Dv] -> to_shared -> v        (ITC, CVTA)
-                                                   -> to_fusion -> image tokens [N, V, D]
-    ids     -> text   -> text tokens [N, T, Dt], pooled t or w              (ITC, CVTA)
-    fuse_with_text(image tokens, text tokens)  -> itm_head, lm_logits       (ITM, MLM, PLM)
-    fuse_with_keywords(image tokens, w)        -> z                         (MRTVA)
-    """
+    """All networks but MRTVA's heads [1]. vision, text, fusion: keyword arguments as in SIZES."""
 
     def __init__(self, vocab, end, vision, text, fusion, embed, simsiam):
         super().__init__()
@@ -322,12 +306,7 @@ class MRPLIP(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw all weights, nearly as CLIP does [3].
-
-        linear layers      normal, std fan-in^-1/2; the last of a branch / sqrt(2 depth); bias 0
-        embeddings         normal, std .02          positions, types, class token   std .01
-        word head          a copy of the embedding  convolutions                    torch's own
-        """
+        """Draw all weights, nearly as CLIP does [3]; convolutions keep what torch draws."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -351,8 +330,7 @@ class MRPLIP(nn.Module):
         """Average the patch grid of tokens [N, 1 + P, Dv] to pool x pool, 0: none -> [N, V, Dv]."""
         if not self.pool:
             return tokens
-        side = self.vision.grid
-        grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # [N, Dv, g, g]
+        grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (self.vision.grid, -1))  # [N, Dv, g, g]
         grid = F.adaptive_avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)
         return torch.cat([tokens[:, :1], grid], 1)
 
@@ -421,11 +399,14 @@ class MRPLIP(nn.Module):
 
 
 def fingerprint(module):
-    """Hash all weights of a network to 12 digits, on any machine and in any precision."""
+    """Hash weights, and what they do not tell, to 12 digits, on any machine, in any precision."""
     digest = hashlib.sha256()
     for name, x in sorted(module.state_dict().items()):
         values = x.detach().to("cpu", torch.float32).contiguous().numpy()
         digest.update(name.encode() + values.tobytes())
+    for part in module.modules():
+        told = [getattr(part, name, "") for name in ("heads", "quick", "eps")]
+        digest.update(str(told).encode())
     return digest.hexdigest()[:12]
 
 
@@ -434,127 +415,131 @@ def features_name(model):
     return f"{fingerprint(model.vision)}-{model.vision.size}-pool{model.pool}"
 
 
-def read_weights(source):
-    """Read a state dict from a file that torch saved; code in a pickle is never run."""
-    if isinstance(source, dict):
-        return source
+def read_weights(file, state=None):
+    """Read a state dict that torch saved, without training's prefixes; no code in it is run."""
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-        for name in ("state_dict", "model", "teacher"):  # what training scripts put around them
+        state = state or torch.load(file, map_location="cpu", weights_only=True)
+        for name in ("state_dict", "model_state_dict", "model_state", "model", "teacher"):
             state = state[name] if isinstance(state.get(name), dict) else state
         assert state and all(isinstance(x, torch.Tensor) for x in state.values()), "not tensors"
     except Exception as e:  # a wrong file raises almost anything
         reason = str(e).strip().split("\n")[0][:120]
         remedy = "python -m protocols.peers rewrites safetensors"
-        raise ValueError(f"{source} holds no weights saved by torch ({reason}): {remedy}") from e
-    return {k.removeprefix("module.").removeprefix("backbone."): x for k, x in state.items()}
+        raise ValueError(f"{file} holds no weights saved by torch ({reason}): {remedy}") from e
+    if any("lora_" in name for name in state):
+        raise ValueError(f"{file} holds LoRA adapters: merge them first (peft: merge_and_unload)")
+    state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
+    start = "".join(os.path.commonprefix([*state]).rpartition(".")[:2])
+    return {name.removeprefix(start).removeprefix("backbone."): x for name, x in state.items()}
 
 
-def called(source):
-    """Name a source of weights in an error."""
-    return "the state dict" if isinstance(source, dict) else source
+def read_config(file, side):
+    """Read what configs beside a file say of its "vision" or "text" tower -> dict, in their words:
+    config.json (transformers, timm), open_clip_config.json and, for this file alone, FILE.json."""
+    said = {}
+    for name in ("preprocessor_config", "config", "open_clip_config", Path(file).stem):
+        path = Path(file).with_name(f"{name}.json")
+        try:
+            text = path.read_bytes() if path.exists() else "{}"
+            said |= json.loads(text, parse_float=lambda x: round(float(x), 6))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path} is no config ({e}): get it again, or move it away") from e
+    parts = f"model_cfg preprocess_cfg pretrained_cfg model_args {side}_cfg {side}_config"
+    for part in parts.split():
+        said |= said.get(part) or {}
+    # What a config leaves out is its package's default.
+    if f"{side}_config" in said:
+        said.setdefault("hidden_act", "quick_gelu")
+    elif f"{side}_cfg" in said:
+        said.setdefault("quick_gelu", False)
+    return said
+
+
+def check(tower, file):
+    """Refuse a tower that a config beside its file contradicts; print the choice if none tells."""
+    # Shapes tell neither heads nor GELU, and the wrong ones give silently worse features.
+    heads, quick = tower.blocks[0].attn.heads, tower.blocks[0].mlp.quick
+    side, pool = ("vision", "tok") if isinstance(tower, ViT) else ("text", "argmax")
+    act = "quick_gelu" if quick else "gelu"
+    ours = dict(hidden_act=act, act_layer=act, quick_gelu=quick, layer_norm_eps=tower.norm.eps)
+    ours |= dict.fromkeys(("num_attention_heads", "num_heads", "heads"), heads)
+    ours |= dict(head_width=tower.width // heads, pool_type=pool, no_causal_mask=False)
+    ours |= dict(global_pool="token", timm_pool="token", norm_kwargs={}, act_kwargs={})
+    for name, x in zip(("mean", "std"), getattr(tower, "stats", ()), strict=False):
+        ours[name] = ours[f"image_{name}"] = [round(v, 6) for v in x]
+    said = read_config(file, side)
+    for key, value in said.items():
+        if value not in ("", None, ours.get(key, value)):
+            wrong = f"{key} {value}, not {ours[key]}"
+            raise ValueError(f"{file}: its config says {wrong}: take another --size or flag")
+    if not said.keys() & ours.keys() and rank() == 0:
+        print(f"{file}: no config tells its {side} tower, so {heads} heads and {act}")
 
 
 # Parameter names of open_clip and OpenAI -> ours, applied in order.
 RENAME = """transformer.resblocks.>blocks. ln_1.>norm1. ln_2.>norm2. attn.in_proj_>attn.qkv.
 attn.out_proj.>attn.proj. mlp.c_fc.>mlp.fc1. mlp.c_proj.>mlp.fc2. class_embedding>cls_token
 conv1.>patch_embed.proj. ln_pre.>norm_pre. ln_post.>norm. ln_final.>norm."""
+UNUSED = "logit_scale logit_bias attn_mask input_resolution context_length vocab_size"
 
 
-def rename(state):
-    """Give the tensors of one tower of CLIP our names."""
-    out = {}
-    for key, value in state.items():
+def split_clip(state, file):
+    """Part a CLIP [3] in open_clip's names -> state dicts of its image and text tower in ours."""
+    vision, text = {}, {}
+    for name, x in state.items():
+        tower = vision if name.startswith("visual.") else text
+        name = name.removeprefix("visual.").removeprefix("text.")
         for pair in RENAME.split():
-            key = key.replace(*pair.split(">"))
-        out[key] = value
-    return out
+            name = name.replace(*pair.split(">"))
+        tower[name] = x
+    text = {name: x for name, x in text.items() if name not in UNUSED.split()}
+    try:
+        vision["proj.weight"] = vision.pop("proj").T
+        text["proj.weight"] = text.pop("text_projection").T
+        vision["cls_token"] = vision["cls_token"].view(1, 1, -1)
+        text["token_embedding.weight"] = text["token_embedding.weight"].float()
+        vision["pos_embed"] = vision.pop("positional_embedding")[None]
+    except KeyError as e:
+        raise ValueError(f"{file} is no CLIP in the names of open_clip ({e} is missing)") from e
+    return vision, text
 
 
-def load_strict(module, state, name):
+def fill(module, state, file):
     """Load a state dict into module; ValueError names the first keys that do not fit."""
     own = module.state_dict()
-    fixed = {k: own[k] for k in ("mean", "std") if k in own}  # no file holds them
+    state = {k: own[k] for k in ("mean", "std") if k in own} | state  # no file holds them
+    if not any(k.endswith(".gamma") for k in state):
+        # LayerScale was folded or never there.
+        state |= {k: torch.ones_like(x) for k, x in own.items() if k.endswith(".gamma")}
+    pos, grid = state.get("pos_embed"), getattr(module, "grid", 0)  # [1, 1 + P, D]
     try:
-        module.load_state_dict(fixed | state)
-    except RuntimeError as e:
-        reasons = " ".join(str(e).split("\n\t")[1:3])[:300]
-        raise ValueError(f"{name} holds another network than this one: {reasons}") from e
+        if grid and pos is not None and math.isqrt(pos.shape[1]) != grid:
+            # Resample the grid of positions as timm does; keep the class token's.
+            square = pos[:, 1:].mT.float().unflatten(2, (math.isqrt(pos.shape[1]), -1))
+            square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
+            state["pos_embed"] = torch.cat([pos[:, :1], square.flatten(2).mT.to(pos.dtype)], 1)
+        module.load_state_dict(state)
+    except (RuntimeError, IndexError) as e:
+        reasons = " ".join(line[:150] for line in str(e).split("\n\t")[1:3]) or e
+        raise ValueError(f"{file} holds another network than this one: {reasons}") from e
     return module
 
 
-def build_vit(state, name, size=None, **more):
-    """Build a ViT from the shapes of a state dict, positions resampled to images of `size` px."""
-    try:
-        width, _, _, patch = state["patch_embed.proj.weight"].shape
-        pos = state["pos_embed"].view(1, -1, width)  # [1, 1 + P, D]
-        state["cls_token"] = state["cls_token"].view(1, 1, width)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name} is not a plain ViT with a class token ({e})") from e
-    grid = math.isqrt(pos.shape[1] - 1)
-    size = size or grid * patch
-    if size // patch != grid:
-        # Resample the grid of positions as timm does; keep the class token's.
-        square = pos[:, 1:].float().view(1, grid, grid, width).permute(0, 3, 1, 2)
-        square = F.interpolate(square, (size // patch,) * 2, mode="bicubic", antialias=True)
-        pos = torch.cat([pos[:, :1], square.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
-    state["pos_embed"] = pos
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    # Shapes do not tell the heads: 64 channels each, but 16 heads in the huge ones.
-    heads = 16 if width in (1280, 1408, 1664) else width // 64
-    return load_strict(ViT(size, patch, width, depth, heads, **more), state, name)
+def adopt_vision(model, file):
+    """Load an image tower into an MRPLIP: timm's plain ViT (UNI [6]), or CLIP's for its sizes."""
+    state = read_weights(file)
+    if isinstance(model.vision.norm_pre, nn.LayerNorm):
+        state, _ = split_clip(state, file)
+        fill(model.proj, {"weight": state.pop("proj.weight")}, file)
+    fill(model.vision, {k: x for k, x in state.items() if not k.startswith("head.")}, file)
+    check(model.vision, file)
 
 
-def load_vit(source, size=None, stats=IMAGENET):
-    """Load timm's plain ViT, so UNI's pytorch_model.bin [6]: path or state dict -> ViT.
-
-    size: side of the images it shall read; stats: mean and std of its pixels.
-    """
-    state = {k.removeprefix("visual.trunk."): x for k, x in read_weights(source).items()}
-    state = {k: x for k, x in state.items() if not k.startswith("head.")}
-    scale = 1e-5 if "blocks.0.ls1.gamma" in state else 0.0
-    return build_vit(state, called(source), size, layer_scale=scale, stats=stats)
-
-
-def load_clip(source, quick_gelu=False, size=None):
-    """Load a CLIP [3] in open_clip's names -> (ViT with its projection .proj [d, Dv], TextTower).
-
-    No file tells its GELU: QuiltNet means quick_gelu=False [7], OpenAI's and PLIP's weights True.
-    """
-    state, name = read_weights(source), called(source)
-    buffers = tuple("logit_scale logit_bias mask resolution context_length vocab_size".split())
-    state = {k.removeprefix("text."): x for k, x in state.items() if not k.endswith(buffers)}
-    vision = {k[7:]: state.pop(k) for k in list(state) if k.startswith("visual.")}
-    try:
-        proj, text_proj = vision.pop("proj").T, state.pop("text_projection").T
-        vision, text = rename(vision), rename(state) | {"proj.weight": text_proj}
-        vision["pos_embed"] = vision.pop("positional_embedding")
-        vocab, width = text["token_embedding.weight"].shape
-        context = len(text["positional_embedding"])
-    except (KeyError, AttributeError) as e:
-        raise ValueError(f"{name} is no CLIP in the names of open_clip ({e} is missing)") from e
-    vit = build_vit(vision, name, size, clip=True, quick=quick_gelu, stats=CLIP_STATS)
-    vit.proj = nn.Parameter(proj.float().clone())
-    depth = 1 + max(int(k.split(".")[1]) for k in text if k.startswith("blocks."))
-    shape = (vocab, vocab - 1, context, width, depth, width // 64, len(text_proj))
-    return vit, load_strict(TextTower(*shape, quick=quick_gelu), text, name)
-
-
-def adopt_vision(model, vit):
-    """Copy a loaded vision tower, and CLIP's projection where it has one, into an MRPLIP."""
-    state = {k: x for k, x in vit.state_dict().items() if k not in ("mean", "std", "proj")}
-    for key, own in model.vision.state_dict().items():
-        if key.endswith(".gamma") and key not in state:  # LayerScale was folded or never there
-            state[key] = torch.ones_like(own)
-    load_strict(model.vision, state, "the vision file")
-    if hasattr(vit, "proj"):
-        load_strict(model.proj, {"weight": vit.proj.detach()}, "the vision file")
-
-
-def adopt_text(model, tower):
-    """Copy CLIP's text tower into an MRPLIP; the [mask] id gets the mean of all embeddings."""
-    state = tower.state_dict()
+def adopt_text(model, file):
+    """Load CLIP's text tower into an MRPLIP; the [mask] id gets the mean of all embeddings."""
+    _, state = split_clip(read_weights(file), file)
     words = state["token_embedding.weight"]
-    words = torch.cat([words, words.mean(0, keepdim=True)])  # [vocab, D]
-    load_strict(model.text, state | {"token_embedding.weight": words}, "the text file")
-    model.lm_head.weight.data.copy_(words)
+    state["token_embedding.weight"] = torch.cat([words, words.mean(0, keepdim=True)])  # [vocab, D]
+    fill(model.text, state, file)
+    check(model.text, file)
+    model.lm_head.weight.data.copy_(model.text.token_embedding.weight.data)

@@ -223,11 +223,9 @@ def build_model(cfg, tokenizer, init=None):
     size = networks.SIZES[cfg.size]
     model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
     if cfg.vision not in ("", "random"):
-        side, clip = size["vision"]["size"], size["vision"].get("clip")
-        vit = networks.load_clip(cfg.vision, size=side)[0] if clip else None
-        networks.adopt_vision(model, vit or networks.load_vit(cfg.vision, side))
+        networks.adopt_vision(model, cfg.vision)
     if cfg.text:
-        networks.adopt_text(model, networks.load_clip(cfg.text)[1])
+        networks.adopt_text(model, cfg.text)
     if init:
         try:
             model.load_state_dict(init["model"], strict=False)

@@ -22,7 +22,7 @@ import transformers
 
 import data
 import model as networks
-from protocols.peers import from_huggingface
+from protocols import peers
 from tests.test_model import clip_state, sines, timm_state, waves
 
 # timm's names, the image sizes to read, and what timm needs beside the name. The third is UNI's.
@@ -53,7 +53,7 @@ def check_vit(name, sizes, more):
     theirs = shake(timm.create_model(name, num_classes=0, dynamic_img_size=True, **more))
     for size in sizes:
         images = torch.rand(2, 3, size, size)
-        vit = networks.load_vit(theirs.state_dict(), size).eval()
+        vit = peers.load_vit(theirs.state_dict(), size).eval()
         found = error(vit(images)[:, 0], theirs((images - vit.mean) / vit.std))
         print(f"load_vit   {name:24} {size} px  {found:.1e}", flush=True)
 
@@ -61,7 +61,7 @@ def check_vit(name, sizes, more):
 def check_clip(name, state, encode, size=224):
     """Load a CLIP and compare both embeddings; encode(images, ids) computes theirs."""
     quick = "quick" in name or "transformers" in name
-    vit, tower = networks.load_clip(state, quick, size)
+    vit, tower = peers.load_clip(state, quick, size)
     images, ids = torch.rand(2, 3, size, size), open_clip.tokenize(["large nuclei", "glands"])
     theirs = encode((images - vit.mean) / vit.std, ids)
     image = error(F.normalize(vit.eval()(images)[:, 0] @ vit.proj.T, dim=-1), theirs[0])
@@ -86,7 +86,7 @@ def check_transformers():
         out = net(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids))
         return out.image_embeds, out.text_embeds
 
-    check_clip("transformers' default", from_huggingface(net.state_dict()), encode)
+    check_clip("transformers' default", peers.from_huggingface(net.state_dict()), encode)
 
 
 def golden():

@@ -66,9 +66,7 @@ def cache_features(see, bags, name, device="cpu", workers=0, rank=0, world=1, at
 def load_tower(source, size):
     """Build an MRPLIP with the vision tower of a file: timm's, or CLIP's for a size of CLIP."""
     model = networks.MRPLIP(2, 1, **networks.SIZES[size])
-    side, clip = model.vision.size, networks.SIZES[size]["vision"].get("clip")
-    tower = networks.load_clip(source, size=side)[0] if clip else networks.load_vit(source, side)
-    networks.adopt_vision(model, tower)
+    networks.adopt_vision(model, source)
     return model.eval()
 
 

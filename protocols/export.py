@@ -14,16 +14,12 @@ from pathlib import Path
 
 import data
 import evaluate
+import model as networks
 from protocols.peers import HUGGINGFACE
 
-# Our parameter names -> open_clip's, applied in order; timm's names are ours.
-OPEN_CLIP = """blocks.>transformer.resblocks. norm1.>ln_1. norm2.>ln_2. attn.qkv.>attn.in_proj_
-attn.proj.>attn.out_proj. mlp.fc1.>mlp.c_fc. mlp.fc2.>mlp.c_proj. cls_token>class_embedding
-pos_embed>positional_embedding patch_embed.proj.>conv1. norm_pre.>ln_pre."""
-
-# timm's plain ViTs, as vit_SIZE_patchPATCH_IMAGES, by width and depth of the sizes.
-SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
-SIZES[1280, 32] = "huge"
+# timm's plain ViTs, as vit_SIZE_patchPATCH_IMAGES, by width, depth and heads of the sizes.
+SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base"}
+SIZES |= {(1024, 24, 16): "large", (1280, 32, 16): "huge"}
 TIMM = """tiny_patch16_224 tiny_patch16_384 small_patch16_224 small_patch16_384 small_patch32_224
 small_patch32_384 base_patch16_224 base_patch16_384 base_patch32_224 base_patch32_384
 large_patch16_224 large_patch16_384 large_patch14_224 huge_patch14_224"""
@@ -32,11 +28,6 @@ large_patch16_224 large_patch16_384 large_patch14_224 huge_patch14_224"""
 def plain(x):
     """Detach a tensor and move it to the CPU in fp32."""
     return x.detach().float().cpu().contiguous()
-
-
-def heads(tower):
-    """Count the attention heads of a tower."""
-    return tower.blocks[0].attn.heads
 
 
 def read_tower(tower):
@@ -62,10 +53,12 @@ def to_open_clip(state, prefix, last):
         # The last norm has another name in each tower.
         if name.startswith("norm."):
             name = last + name.removeprefix("norm")
-        for pair in OPEN_CLIP.split():
-            name = name.replace(*pair.split(">"))
+        for pair in networks.RENAME.split():
+            theirs, ours = pair.split(">")
+            name = name.replace(ours, theirs)
+        name = prefix + name.replace("pos_embed", "positional_embedding")
         # open_clip keeps the class token and the positions without a dimension for the batch.
-        out[prefix + name] = x.squeeze() if x.dim() == 3 else x
+        out[name] = x.squeeze() if x.dim() == 3 else x
     return out
 
 
@@ -93,43 +86,45 @@ def to_huggingface(state):
 
 def open_clip_config(model, clip):
     """Describe the towers as open_clip's open_clip_config.json does -> str."""
-    vision = model.vision
-    text = model.text
+    vision, text = model.vision, model.text
+    width, depth, heads = vision.width, len(vision.blocks), vision.blocks[0].attn.heads
+    quick, same = text.blocks[0].mlp.quick, vision.blocks[0].mlp.quick
     image = {"image_size": vision.size}
     if clip:
-        image |= {"patch_size": vision.patch, "width": vision.width, "layers": len(vision.blocks)}
-        image |= {"head_width": vision.width // heads(vision)}
+        image |= {"patch_size": vision.patch, "width": width, "layers": depth}
+        image |= {"head_width": width // heads}
+        if quick != same:
+            raise ValueError("open_clip has one GELU for both towers: take a --size that has so")
     else:
         # open_clip builds a timm ViT by its name.
-        size = SIZES.get((vision.width, len(vision.blocks)))
-        name = f"{size}_patch{vision.patch}_{vision.size}"
-        if name not in TIMM.split():
-            shape = f"{len(vision.blocks)} x {vision.width}, patches of {vision.patch}"
+        name = f"{SIZES.get((width, depth, heads))}_patch{vision.patch}_{vision.size}"
+        if name not in TIMM.split() or same:
+            shape = f"{depth} x {width} in {heads} heads, patches of {vision.patch}"
             raise ValueError(f"timm has no ViT of {shape}, images of {vision.size} px: it stays")
         image |= {"timm_model_name": f"vit_{name}", "timm_model_pretrained": False}
         image |= {"timm_pool": "token", "timm_proj": "linear"}
     words = {"context_length": text.context, "vocab_size": text.end + 1, "width": text.width}
-    words |= {"heads": heads(text), "layers": len(text.blocks)}
+    words |= {"heads": text.blocks[0].attn.heads, "layers": len(text.blocks)}
     if text.end + 1 != 49408:
         # Its own tokenizer knows CLIP's merges only; any name here makes it read the folder.
         words["hf_tokenizer_name"] = "in this folder"
-    towers = {"embed_dim": len(model.proj.weight), "quick_gelu": text.blocks[0].mlp.quick}
-    pixels = {"mean": vision.mean.flatten().tolist(), "std": vision.std.flatten().tolist()}
+    towers = {"embed_dim": len(model.proj.weight), "quick_gelu": quick}
     towers |= {"vision_cfg": image, "text_cfg": words}
+    pixels = {"mean": vision.mean.flatten().tolist(), "std": vision.std.flatten().tolist()}
     pixels["interpolation"] = "bicubic"
     return json.dumps({"model_cfg": towers, "preprocess_cfg": pixels}, indent=1)
 
 
 def huggingface_config(model):
     """Describe the towers and their pixels as transformers does -> {file: text}."""
-    vision = model.vision
-    text = model.text
+    vision, text = model.vision, model.text
     towers = []
     for tower, kind in ((vision, "clip_vision_model"), (text, "clip_text_model")):
+        block = tower.blocks[0]
         about = {"model_type": kind, "hidden_size": tower.width}
         about |= {"intermediate_size": 4 * tower.width, "num_hidden_layers": len(tower.blocks)}
-        about |= {"layer_norm_eps": tower.norm.eps, "num_attention_heads": heads(tower)}
-        about |= {"hidden_act": "quick_gelu" if tower.blocks[0].mlp.quick else "gelu"}
+        about |= {"layer_norm_eps": tower.norm.eps, "num_attention_heads": block.attn.heads}
+        about |= {"hidden_act": "quick_gelu" if block.mlp.quick else "gelu"}
         towers.append(about | {"projection_dim": len(model.proj.weight)})
     towers[0] |= {"image_size": vision.size, "patch_size": vision.patch}
     towers[1] |= {"vocab_size": text.end + 1, "max_position_embeddings": text.context}

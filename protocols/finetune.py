@@ -88,8 +88,8 @@ def fine_tune(vision, tiles, y, C, train, val, epochs=30, lr=1e-3, seed=0, batch
     device = next(vision.parameters()).device
     # Train a copy, with a head that starts at zero: all classes are equally likely.
     head = nn.Linear(vision.width, C).to(device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    for p in head.parameters():
+        nn.init.zeros_(p)
     both = nn.ModuleList([copy.deepcopy(vision).float().requires_grad_(True), head])
     optimizer = torch.optim.AdamW(layer_groups(*both, lr))
     steps = max(1, len(train) // batch)
@@ -99,8 +99,7 @@ def fine_tune(vision, tiles, y, C, train, val, epochs=30, lr=1e-3, seed=0, batch
         return warmup * (1 + math.cos(math.pi * min(1, step / (epochs * steps)))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    best = -1.0
-    best_epoch = 0
+    best, best_epoch = -1.0, 0
     bar = data.progress(range(1, epochs + 1), "fine-tune", unit="epoch", leave=False)
     for epoch in bar:
         both.train()
@@ -121,8 +120,7 @@ def fine_tune(vision, tiles, y, C, train, val, epochs=30, lr=1e-3, seed=0, batch
         found = evaluate.rates(evaluate.confusion(y[numbers], p.argmax(1), C))["balanced"]
         bar.set_postfix_str(f"balanced accuracy on validation {found:.3f}, best {best:.3f}")
         if found > best:
-            best = found
-            best_epoch = epoch
+            best, best_epoch = found, epoch
             kept = copy.deepcopy(both.state_dict())
         if epoch - best_epoch >= PATIENCE:
             break
@@ -151,8 +149,7 @@ def tune(vision, tiles, y, C, who, split, folds=5, seed=0, **settings):
 
     y [R]: classes; who [R]: groups; split [R]: "train", "val", "test" or "".
     """
-    parts = []
-    epochs = []
+    parts, epochs = [], []
     # Predict each row once, by a tower that has not seen its group.
     for train, test in metrics.splits(y, who, split, folds, seed):
         learn, stop = choose_validation(y, who, split, train, seed)

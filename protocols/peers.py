@@ -12,10 +12,10 @@
 import argparse
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,18 +37,15 @@ def read_safetensors(path):
     """
     state = {}
     try:
-        with open(path, "rb") as file:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:start])
+        raw = np.memmap(path, np.uint8, mode="c")
+        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header = json.loads(raw[8:start].tobytes())
         header.pop("__metadata__", None)
         for name, about in header.items():
-            first, last = about["data_offsets"]
-            part = torch.empty(0, dtype=torch.uint8)
-            # A cut file ends before the tensor does; torch says so.
-            if last > first >= 0:
-                place = dict(count=last - first, offset=start + first)
-                part = torch.frombuffer(raw, dtype=torch.uint8, **place)
+            first, last = (start + offset for offset in about["data_offsets"])
+            if not start <= first <= last <= len(raw):
+                raise ValueError("it is cut")
+            part = torch.from_numpy(raw[first:last])
             state[name] = part.view(DTYPES[about["dtype"]]).view(about["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path} is no whole safetensors file ({e}): get it again") from None
@@ -84,12 +81,73 @@ def from_huggingface(state):
 def read_state(path):
     """Read weights of torch or safetensors -> dict of tensors; a CLIP's names are open_clip's."""
     safe = str(path).endswith(".safetensors")
-    state = read_safetensors(path) if safe else networks.read_weights(path)
+    state = networks.read_weights(path, read_safetensors(path) if safe else None)
     try:
         hugging = any(name.startswith("vision_model.") for name in state)
         return from_huggingface(state) if hugging else state
     except KeyError as e:
         raise ValueError(f"{path} is no CLIP of Hugging Face: it lacks {e}") from None
+
+
+def choose(state, file, side, width, quick=None):
+    """Choose what no shape tells of a tower, as configs beside its file say -> its arguments."""
+    said = networks.read_config(file, side)
+    heads = said.get("num_attention_heads") or said.get("num_heads") or said.get("heads")
+    if "head_width" in said:
+        heads = width // said["head_width"]
+    if not heads and width % 64:
+        remedy = f'write {{"num_heads": N}} into {Path(file).stem}.json beside it'
+        raise ValueError(f"{file}: nothing tells the heads of {width} channels: {remedy}")
+    # Usual are 64 channels a head, and 16 heads in the huge ones.
+    told = {"heads": heads or (16 if width in (1280, 1408, 1664) else width // 64)}
+    told["depth"] = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    act = said.get("hidden_act") or said.get("act_layer")
+    usual = said.get("quick_gelu", act == "quick_gelu") and "timm_model_name" not in said
+    told["quick"] = usual if quick is None else quick
+    if "layer_norm_eps" in said:
+        told["eps"] = said["layer_norm_eps"]
+    pixels = [said.get(f"image_{name}") or said.get(name) for name in ("mean", "std")]
+    if side == "vision" and all(pixels):
+        told["stats"] = pixels
+    return told
+
+
+def load_vit(state, size=None, file="the state dict", quick=None, **more):
+    """Build timm's plain ViT, so UNI [2], from the shapes of its state dict -> ViT.
+
+    size: side of the images it shall read; file: named in errors, and its config is beside it.
+    """
+    state = {name: x for name, x in state.items() if not name.startswith("head.")}
+    try:
+        width, _, _, patch = state["patch_embed.proj.weight"].shape
+        size = size or math.isqrt(state["pos_embed"].shape[1] - 1) * patch
+    except (KeyError, ValueError, IndexError) as e:
+        first = f"there is no {e}, but {next(iter(state), '')}"
+        raise ValueError(f"{file} is not a plain ViT with a class token: {first}") from e
+    more["layer_scale"] = 1e-5 if "blocks.0.ls1.gamma" in state else 0.0
+    more |= choose(state, file, "vision", width, quick)
+    vit = networks.fill(networks.ViT(size, patch, width, **more), state, file)
+    networks.check(vit, file)
+    return vit
+
+
+def load_clip(state, quick=None, size=None, file="the state dict"):
+    """Build a CLIP [1] in open_clip's names -> (ViT with its projection .proj [d, Dv], TextTower).
+
+    quick None: its config says which GELU; without one QuiltNet's, not OpenAI's and PLIP's.
+    """
+    vision, text = networks.split_clip(state, file)
+    proj = vision.pop("proj.weight").float()
+    vit = load_vit(vision, size, file, quick, clip=True, stats=networks.CLIP_STATS)
+    vit.proj = nn.Parameter(proj.clone())
+    vocab, width = text["token_embedding.weight"].shape
+    # transformers' old configs say 2 and mean the largest.
+    end = networks.read_config(file, "text").get("eos_token_id", 2)
+    end, context = vocab - 1 if end == 2 else end, len(text.get("positional_embedding", ()))
+    told = choose(text, file, "text", width, quick)
+    tower = networks.TextTower(vocab, end, context, width, embed=len(proj), **told)
+    networks.check(networks.fill(tower, text, file), file)
+    return vit, tower
 
 
 @dataclass
@@ -99,7 +157,7 @@ class Peer:
     model: nn.Module
     tokenizer: object  # None if it reads no text
     name: str
-    fingerprint: str  # a hash of all weights, and what they do not tell
+    fingerprint: str
     keywords: list = ()  # most common keywords of a run's training captions
     k_o: int = 8
 
@@ -114,7 +172,7 @@ class Towers(nn.Module):
         super().__init__()
         self.vision = vision
         self.text = text
-        self.itc_scale = nn.Parameter(torch.tensor(math.log(100.0)))  # where all public CLIPs end
+        self.itc_scale = nn.Parameter(torch.tensor(math.log(100.0)))  # where most public CLIPs end
 
     def pool_tokens(self, tokens):
         """Return tokens [N, 1 + P, Dv] as they are: there is no fusion to pool them for."""
@@ -125,9 +183,7 @@ class Towers(nn.Module):
         x = networks.full(tokens[:, 0])
         return F.normalize(x @ self.vision.proj.T if hasattr(self.vision, "proj") else x, dim=-1)
 
-    def encode_text(self, ids):
-        """Embed texts, ids [N, T] -> [N, d], L2-normalised."""
-        return F.normalize(networks.full(self.text(ids)[1]), dim=-1)
+    encode_text = networks.MRPLIP.encode_text
 
 
 def add_arguments(parser):
@@ -154,25 +210,24 @@ def load(args, device="cpu"):
     # Wrap public weights, or those of no training.
     file = args.clip or args.vit
     tokenizer = read_tokenizer(args) if args.clip else None
-    try:
-        if args.clip:
-            towers = Towers(*networks.load_clip(read_state(file), args.quick_gelu))
-        elif args.vit:
-            towers = Towers(networks.load_vit(read_state(file)))
-        else:
-            torch.manual_seed(0)
-            towers = Towers(networks.MRPLIP(300, 298, **networks.SIZES["synthetic"]).vision)
-    except ValueError as e:
-        raise ValueError(str(e).replace("the state dict", file)) from None
+    if args.clip:
+        state = read_state(file)
+        towers = Towers(*load_clip(state, args.quick_gelu or None, file=file))
+        # Probabilities depend on the temperature that it has learned.
+        scale = state.get("logit_scale", towers.itc_scale.data)
+        towers.itc_scale.data = scale.float().view(())
+    elif args.vit:
+        towers = Towers(load_vit(read_state(file), file=file))
+    else:
+        torch.manual_seed(0)
+        towers = Towers(networks.MRPLIP(300, 298, **networks.SIZES["synthetic"]).vision)
     if tokenizer and towers.text.end != tokenizer.end:
         raise ValueError(f"{file} belongs to another tokenizer than {args.tokenizer}")
-    # The weights do not tell which GELU they are used with.
-    mark = networks.fingerprint(towers) + ("-quick-gelu" if args.clip and args.quick_gelu else "")
     # Where every model's file is called so, its folder names it.
     path = Path(file or "random").resolve()
     usual = ("pytorch_model", "model", "open_clip_pytorch_model", "open_clip_model")
     name = path.parent.name if path.stem in usual else path.stem
-    return Peer(towers.to(device).eval(), tokenizer, name, mark)
+    return Peer(towers.to(device).eval(), tokenizer, name, networks.fingerprint(towers))
 
 
 def read_tokenizer(args):
@@ -193,6 +248,10 @@ def main():
     args = parser.parse_args()
     state = {name: x.clone() for name, x in read_state(args.file).items()}
     data.write_whole(args.out, lambda file: torch.save(state, file))
+    # What its configs say goes along.
+    said = {f"{side}_cfg": networks.read_config(args.file, side) for side in ("vision", "text")}
+    if said["vision_cfg"]:
+        data.write_whole(Path(args.out).with_suffix(".json"), json.dumps(said, indent=1))
     print(f"wrote {args.out}: {len(state)} tensors")
 
 

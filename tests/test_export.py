@@ -36,9 +36,9 @@ def hash_keys(state):
 def test_loading_and_exporting_gives_the_file_back(to, tmp_path):
     clip = clip_state()
     model = mrplip(41, 39, TINY_CLIP)
-    vit, tower = networks.load_clip(clip)
-    networks.adopt_vision(model, vit)
-    networks.adopt_text(model, tower)
+    torch.save(clip, tmp_path / "clip.pt")
+    networks.adopt_vision(model, tmp_path / "clip.pt")
+    networks.adopt_text(model, tmp_path / "clip.pt")
     words = text.Tokenizer([])
     words.end = 39
     export(model, words, tmp_path / to, to)
@@ -61,7 +61,7 @@ def test_what_is_written_computes_the_same(to, quick, tmp_path):
     # Names and shapes are those that the package loads.
     assert hash_keys(state) == GOLDEN[f"export {'quick' if quick else 'clip'} {to} keys"]
     path = next(tmp_path.glob("*.safetensors"))
-    vit, tower = networks.load_clip(peers.read_state(path), quick)
+    vit, tower = peers.load_clip(peers.read_state(path), file=path)
     ids = words.batch(["mucin", "the mucin"], 9)
     images = waves(32)
     v = F.normalize(vit.eval()(images)[:, 0] @ vit.proj.T, dim=-1)
@@ -97,14 +97,16 @@ def test_a_timm_tower_leaves_with_its_layer_scale_folded(tmp_path):
     config = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
     assert config["vision_cfg"]["timm_model_name"] == "vit_tiny_patch16_224"
     trunk = {name: x for name, x in state.items() if name.startswith("visual.trunk.")}
-    vit = networks.load_vit(trunk).eval()
+    path = tmp_path / "trunk.pt"
+    torch.save(trunk, path)
+    vit = peers.load_vit(peers.read_state(path), file=path).eval()
     with torch.no_grad():
         tokens, images = vit(waves(224)), waves(224)
         v = F.normalize(tokens[:, 0] @ state["visual.head.proj.weight"].T, dim=-1)
         assert torch.allclose(v, model.encode_image(images), atol=1e-5)
         # A run may start from what left.
         other = mrplip(words.size, words.end, TIMM)
-        networks.adopt_vision(other, networks.load_vit(trunk))
+        networks.adopt_vision(other, path)
         assert torch.equal(other.vision.blocks[3].ls1.gamma, torch.ones(192))
         assert torch.allclose(other.vision(images), tokens, atol=1e-4)
 
@@ -118,8 +120,15 @@ def test_what_cannot_leave_is_one_sentence(tmp_path):
         export(mrplip(41, 39, conv), words, out, "open_clip")
     with pytest.raises(ValueError, match="use --to open_clip"):
         export(mrplip(41, 39, plain), words, out, "huggingface")
-    with pytest.raises(ValueError, match="no ViT of 2 x 64, patches of 16, images of 32 px"):
+    with pytest.raises(
+        ValueError, match="no ViT of 2 x 64 in 1 heads, patches of 16, images of 32 px"
+    ):
         export(mrplip(41, 39, plain), words, out, "open_clip")
+    # timm's tiny has three heads, and open_clip one GELU for both towers.
+    with pytest.raises(ValueError, match="no ViT of 12 x 192 in 4 heads"):
+        export(mrplip(41, 39, dict(TIMM, heads=4)), words, out, "open_clip")
+    with pytest.raises(ValueError, match="one GELU for both towers"):
+        export(mrplip(41, 39, dict(TINY_CLIP, quick=True)), words, out, "open_clip")
     assert not out.exists()
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import model as networks
 import text
 import train
+from protocols import peers
 
 GOLDEN = json.loads(Path(__file__).with_name("weights.json").read_text())
 
@@ -55,15 +56,11 @@ def test_attention_equals_torch(mask):
     assert torch.allclose(got, expected, atol=1e-6)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
 @pytest.mark.parametrize("quick", [False, True])
 def test_block_equals_torch(quick):
     torch.manual_seed(0)
     ours = networks.Block(24, 3, quick=quick)
-    gelu = quick_gelu if quick else "gelu"
+    gelu = (lambda x: x * torch.sigmoid(1.702 * x)) if quick else "gelu"
     more = dict(batch_first=True, norm_first=True)
     theirs = nn.TransformerEncoderLayer(24, 3, 96, 0.0, gelu, **more)
     names = {
@@ -263,7 +260,7 @@ def test_sizes_are_those_of_the_papers():
     assert count(models["synthetic"]) < 10e6
 
 
-def test_weights_start_as_the_docstring_says():
+def test_weights_start_nearly_as_clips_do():
     torch.manual_seed(0)
     size = dict(networks.SIZES["synthetic"], text=dict(context=64, width=256, depth=3, heads=2))
     model = networks.MRPLIP(1500, 1498, **size)
@@ -300,7 +297,9 @@ def test_fingerprints_tell_weights_apart():
     assert name == networks.features_name(tiny())
     model.vision.cls_token.data += 1
     other = tiny(fusion=dict(width=16, depth=2, heads=2, pool=1))
-    assert len({name, networks.features_name(model), networks.features_name(other)}) == 3
+    quick = tiny()
+    quick.vision.blocks[0].mlp.quick = True
+    assert len({name, *map(networks.features_name, (model, other, quick))}) == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,27 +307,11 @@ def test_fingerprints_tell_weights_apart():
 
 
 def timm_state(D=128, patch=16, grid=2):
-    """Draw a random ViT of two layers in timm's names."""
-    shapes = {
-        "cls_token": (1, 1, D),
-        "pos_embed": (1, 1 + grid * grid, D),
-        "patch_embed.proj.weight": (D, 3, patch, patch),
-        "patch_embed.proj.bias": (D,),
-        "norm.weight": (D,),
-        "norm.bias": (D,),
-    }
-    linear = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D)}
-    linear["mlp.fc2"] = (D, 4 * D)
-    for i in range(2):
-        for name, shape in linear.items():
-            shapes[f"blocks.{i}.{name}.weight"] = shape
-            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
-            shapes[f"blocks.{i}.{name}"] = (D,)
-        for name in ("ls1.gamma", "ls2.gamma"):
-            shapes[f"blocks.{i}.{name}"] = (D,)
+    """Draw a random ViT of two layers: our names are timm's."""
+    shapes = networks.ViT(grid * patch, patch, D, 2, 1, layer_scale=1.0).state_dict()
     g = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=g) * 0.1 for name, shape in shapes.items()}
+    state = {name: torch.randn(x.shape, generator=g) * 0.1 for name, x in shapes.items()}
+    return {name: x for name, x in state.items() if name not in ("mean", "std")}
 
 
 def split_heads(x, heads):
@@ -381,23 +364,11 @@ def is_golden(got, name):
     return (got - want).norm() < 1e-5 * want.norm()
 
 
-def test_load_vit_computes_what_timm_does(tmp_path):
-    state, images = timm_state(), torch.rand(2, 3, 32, 32)
-    torch.save(state, tmp_path / "uni.bin")
-    vit = networks.load_vit(tmp_path / "uni.bin").eval()
-    assert vit.size == 32 and vit.grid == 2 and len(vit.blocks) == 2
-    expected = reference_vit(state, (images - vit.mean) / vit.std, 2, 1e-6)
-    assert torch.allclose(vit(images), expected, atol=1e-5)
-    # A head of classes is dropped; so is what open_clip puts before the names.
-    other = {f"visual.trunk.{name}": x for name, x in state.items()}
-    other["head.weight"] = torch.zeros(3, 128)
-    assert torch.equal(networks.load_vit(other).eval()(images), vit(images))
-
-
 @pytest.mark.parametrize("side", [32, 48])
 def test_golden_timm_at_its_own_and_another_size(side):
-    vit = networks.load_vit(sines(timm_state(64)), side).eval()
-    assert vit.size == side and is_golden(vit(waves(side))[1, 0], f"timm{side}")
+    state = sines(timm_state(64)) | {"head.weight": torch.zeros(3, 64)}  # of classes: left out
+    vit = peers.load_vit(state, side).eval()
+    assert is_golden(vit(waves(side))[1, 0], f"timm{side}")
 
 
 def test_a_vision_tower_comes_back_from_its_file(tmp_path):
@@ -407,13 +378,9 @@ def test_a_vision_tower_comes_back_from_its_file(tmp_path):
     for p in vit.parameters():
         nn.init.normal_(p, std=0.1)
     torch.save(vit.state_dict(), tmp_path / "vit.pt")
-    again = networks.load_vit(tmp_path / "vit.pt").eval()
+    again = peers.load_vit(networks.read_weights(tmp_path / "vit.pt")).eval()
     assert torch.equal(again(images), vit(images))
     assert networks.fingerprint(again) == networks.fingerprint(vit)
-    # Training scripts wrap their weights.
-    wrapped = {f"module.backbone.{name}": x for name, x in timm_state(64).items()}
-    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "a.pt")
-    assert networks.read_weights(tmp_path / "a.pt").keys() == timm_state(64).keys()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,61 +422,28 @@ def clip_state(D=64, vocab=40):
     return {name: torch.randn(shape, generator=g) * 0.1 for name, shape in shapes.items()}
 
 
-def reference_text(s, ids, end):
-    """Compute CLIP's text tower with torch's modules: ids [1, T], position of the end id -> [d]."""
-    D, T = 64, ids.shape[1]
-    attention = nn.MultiheadAttention(D, 1, batch_first=True)
-    x = s["token_embedding.weight"][ids] + s["positional_embedding"][:T]
-    hidden = torch.ones(T, T).triu(1).bool()
-    for i in range(2):
-        start = f"transformer.resblocks.{i}."
-        b = {k.removeprefix(start): y for k, y in s.items() if k.startswith(start)}
-        attention.load_state_dict({k[5:]: y for k, y in b.items() if k.startswith("attn.")})
-        y = F.layer_norm(x, (D,), b["ln_1.weight"], b["ln_1.bias"])
-        x = x + attention(y, y, y, attn_mask=hidden, need_weights=False)[0]
-        y = F.layer_norm(x, (D,), b["ln_2.weight"], b["ln_2.bias"])
-        y = F.gelu(F.linear(y, b["mlp.c_fc.weight"], b["mlp.c_fc.bias"]))
-        x = x + F.linear(y, b["mlp.c_proj.weight"], b["mlp.c_proj.bias"])
-    x = F.layer_norm(x, (D,), s["ln_final.weight"], s["ln_final.bias"])
-    return x[0, end] @ s["text_projection"]
-
-
-def test_load_clip_computes_what_torch_does():
-    state, ids = clip_state(), torch.tensor([[38, 5, 6, 39, 0]])
-    vit, tower = networks.load_clip(state)
-    assert (vit.size, vit.patch, tower.context, tower.end) == (32, 16, 9, 39)
-    assert torch.equal(vit.proj, state["visual.proj"].T)
-    pooled = tower(ids)[1]
-    assert torch.allclose(pooled[0], reference_text(state, ids, 3), atol=1e-5)
-    # open_clip writes text. before the names of some models.
-    prefixed = {}
-    for name, x in state.items():
-        prefixed[name if name.startswith(("visual.", "logit")) else "text." + name] = x
-    assert torch.equal(networks.load_clip(prefixed)[1](ids)[1], pooled)
-    # The other GELU is another function.
-    assert not torch.allclose(networks.load_clip(state, quick_gelu=True)[1](ids)[1], pooled)
-
-
 @pytest.mark.parametrize("quick", [False, True])
 def test_golden_open_clip(quick):
-    vit, tower = networks.load_clip(sines(clip_state()), quick)
+    state = sines(clip_state())
+    if quick:
+        # open_clip writes text. before the names of some models.
+        words = [name for name in state if not name.startswith(("visual.", "logit"))]
+        state |= {f"text.{name}": state.pop(name) for name in words}
+    vit, tower = peers.load_clip(state, quick)
+    assert (vit.size, vit.patch, tower.context, tower.end) == (32, 16, 9, 39)
     ids = torch.tensor([[38, 7, 39, 0, 0, 0, 0, 0, 0]])
     assert is_golden(vit.eval()(waves(32))[1, 0] @ vit.proj.T, f"open_clip image {quick}")
     assert is_golden(tower(ids)[1][0], f"open_clip text {quick}")
 
 
-def test_every_tensor_of_a_clip_finds_its_place():
-    state = clip_state()
-    vit, tower = networks.load_clip(state)
-    loaded = [*vit.parameters(), *tower.parameters()]
-    given = [x for name, x in state.items() if name != "logit_scale"]
-    assert sorted(x.sum().item() for x in loaded) == pytest.approx(
-        sorted(x.sum().item() for x in given), abs=1e-4
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # Files that are something else
+
+
+def save(state, path):
+    """Save a state dict as training scripts do -> its path."""
+    torch.save({"model_state": state, "epoch": 3}, path)
+    return path
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of TorchScript
@@ -519,17 +453,41 @@ def test_a_file_that_is_no_weights_is_one_sentence(tmp_path):
     for bad in (b"hello", b"", (tmp_path / "whole.bin").read_bytes()[:-400]):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="x.bin holds no weights saved by torch .*peers"):
-            networks.load_vit(path)
+            networks.read_weights(path)
     # Code in a pickle is never run; a list and an empty dict are no networks.
     for content in ({"a": Path("x")}, [torch.zeros(1)], {}, {"a": 3}):
         torch.save(content, path)
         with pytest.raises(ValueError, match="x.bin holds no weights saved by torch") as error:
-            networks.load_vit(path)
+            networks.read_weights(path)
         assert "\n" not in str(error.value)
     torch.jit.script(nn.Linear(2, 2)).save(path)
     for source in (path, tmp_path / "nowhere.bin"):
         with pytest.raises(ValueError, match=f"{source.name} holds no weights saved by torch"):
-            networks.load_clip(source)
+            networks.read_weights(source)
+
+
+STARTS = "module. model. _orig_mod. _orig_mod.module.model. base_model.model. module.backbone."
+
+
+@pytest.mark.parametrize("start", STARTS.split())
+def test_names_lose_what_training_put_before_them(start, tmp_path):
+    for state in (timm_state(64), clip_state()):
+        names = {name.replace("blocks.1.", "blocks.1._orig_mod."): x for name, x in state.items()}
+        path = save({start + name: x for name, x in names.items()}, tmp_path / "x.pt")
+        assert networks.read_weights(path).keys() == state.keys()
+
+
+def test_names_that_are_not_known_are_told(tmp_path):
+    state = {f"net.{name}": x for name, x in timm_state(64).items()} | {"loss.w": torch.ones(1)}
+    path = save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt is not a plain ViT .*net.cls_token"):
+        peers.load_vit(networks.read_weights(path), file=path)
+    with pytest.raises(ValueError, match="x.pt holds another network .*net.cls_token"):
+        networks.adopt_vision(mrplip(41, 39, TINY_VIT), path)
+    lora = {f"base_model.model.{name}": x for name, x in clip_state().items()}
+    lora["base_model.model.visual.proj.lora_A.default.weight"] = torch.zeros(4, 64)
+    with pytest.raises(ValueError, match="x.pt holds LoRA adapters: merge them first"):
+        networks.read_weights(save(lora, path))
 
 
 def test_a_missing_tensor_is_named():
@@ -537,29 +495,30 @@ def test_a_missing_tensor_is_named():
     for name in [*state]:
         # Without the first gain the file looks like a ViT that has none, and the second is odd.
         with pytest.raises(ValueError, match="the state dict (is not a plain ViT|holds another)"):
-            networks.load_vit({k: x for k, x in state.items() if k != name})
+            peers.load_vit({k: x for k, x in state.items() if k != name})
     del state["blocks.1.mlp.fc2.bias"]
     with pytest.raises(ValueError, match="Missing key.*blocks.1.mlp.fc2.bias"):
-        networks.load_vit(state)
+        peers.load_vit(state)
     clip = clip_state()
     for name in clip.keys() - {"logit_scale"}:
         with pytest.raises(ValueError, match="the state dict (is no CLIP|is not a|holds another)"):
-            networks.load_clip({k: x for k, x in clip.items() if k != name})
+            peers.load_clip({k: x for k, x in clip.items() if k != name})
 
 
 OTHERS = """reg_token visual.attn_pool_contrast.query visual.layer1.0.conv1.weight mask_token
-visual.trunk.stages.0.norm1.weight relative_position_bias_table fc_norm.weight attn_pool.latent"""
+visual.trunk.stages.0.norm1.weight relative_position_bias_table fc_norm.weight attn_pool.latent
+blocks.0.attn.logit_scale"""
 
 
 @pytest.mark.parametrize("key", OTHERS.split())
 def test_networks_that_are_something_else_are_refused(key):
     """Registers, CONCH, ResNets, BEiT, mean pooling: nothing in a file may be left over."""
     with pytest.raises(ValueError, match="the state dict holds another network .*Unexpected key"):
-        networks.load_vit(timm_state() | {key: torch.zeros(1)})
+        peers.load_vit(timm_state() | {key: torch.zeros(1)})
     with pytest.raises(ValueError, match="the state dict "):
-        networks.load_clip(timm_state() | {key: torch.zeros(1)})
+        peers.load_clip(timm_state() | {key: torch.zeros(1)})
     with pytest.raises(ValueError, match="the state dict holds another network .*Unexpected key"):
-        networks.load_clip(clip_state() | {key: torch.zeros(1)})
+        peers.load_clip(clip_state() | {key: torch.zeros(1)})
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -567,21 +526,22 @@ def test_shapes_that_do_not_fit_are_refused():
     gated["blocks.0.mlp.fc1.weight"] = torch.zeros(512, 128)
     gated["blocks.0.mlp.fc2.weight"] = torch.zeros(128, 256)
     with pytest.raises(ValueError, match="size mismatch for blocks.0.mlp.fc2.weight"):
-        networks.load_vit(gated)
+        peers.load_vit(gated)
     with pytest.raises(ValueError, match="an image of 40 px with a patch stem has no patches"):
-        networks.load_vit(timm_state(), 40)
+        peers.load_vit(timm_state(), 40)
     # Five places for patches make no square.
-    with pytest.raises(ValueError, match="size mismatch for pos_embed"):
-        networks.load_vit(timm_state() | {"pos_embed": torch.zeros(1, 6, 128)})
+    with pytest.raises(ValueError, match="the state dict holds another network"):
+        peers.load_vit(timm_state() | {"pos_embed": torch.zeros(1, 6, 128)})
     with pytest.raises(ValueError, match="not a plain ViT"):
-        networks.load_vit(clip_state())
+        peers.load_vit(clip_state())
     with pytest.raises(ValueError, match="no CLIP in the names of open_clip"):
-        networks.load_clip({"weight": torch.zeros(2)})
+        peers.load_clip({"weight": torch.zeros(2)})
 
 
 # --------------------------------------------------------------------------------------------------
 # Public weights in an MRPLIP
 
+TINY_VIT = dict(size=32, patch=16, width=64, depth=2, heads=1, layer_scale=1.0)
 TINY_CLIP = dict(size=32, patch=16, width=64, depth=2, heads=1, clip=True)
 TINY_CLIP["stats"] = networks.CLIP_STATS
 
@@ -594,64 +554,108 @@ def mrplip(vocab, end, vision):
     return networks.MRPLIP(vocab, end, vision, text_tower, fusion, 24, (16, 8)).eval()
 
 
-def test_adopting_a_text_tower_leaves_clips_function_alone():
-    model, tower = mrplip(41, 39, TINY_CLIP), networks.load_clip(clip_state())[1]
+def test_adopting_a_text_tower_leaves_clips_function_alone(tmp_path):
+    path = save(clip_state(), tmp_path / "clip.pt")
+    model, tower = mrplip(41, 39, TINY_CLIP), peers.load_clip(clip_state())[1]
     ids = torch.tensor([[38, 5, 6, 39, 0], [38, 40, 6, 39, 40]])
-    networks.adopt_text(model, tower)
+    networks.adopt_text(model, path)
     assert torch.equal(model.text(ids[:1])[1], tower(ids[:1])[1])
     # Id 40, [mask], is new: it starts as the mean word.
     words = model.text.token_embedding.weight
     assert torch.allclose(words[40], words[:40].mean(0), atol=1e-7)
     assert torch.equal(model.lm_head.weight, words) and model.lm_head.weight is not words
-    with pytest.raises(ValueError, match="the text file holds .*token_embedding.weight"):
-        networks.adopt_text(mrplip(50, 48, TINY_CLIP), tower)
+    with pytest.raises(ValueError, match="clip.pt holds .*token_embedding.weight"):
+        networks.adopt_text(mrplip(50, 48, TINY_CLIP), path)
 
 
-def test_adopting_a_vision_tower():
-    images, vit = torch.rand(2, 3, 32, 32), networks.load_clip(clip_state())[0].eval()
-    model = mrplip(41, 39, TINY_CLIP)
-    networks.adopt_vision(model, vit)
+def test_adopting_a_vision_tower(tmp_path):
+    images, vit = torch.rand(2, 3, 32, 32), peers.load_clip(clip_state())[0].eval()
+    model, path = mrplip(41, 39, TINY_CLIP), tmp_path / "x.pt"
+    networks.adopt_vision(model, save(clip_state(), path))
     expected = F.normalize(vit(images)[:, 0] @ vit.proj.T, dim=-1)
     assert torch.allclose(model.encode_image(images), expected, atol=1e-6)
     # A tower whose LayerScale was folded in has gains of 1.
     folded = {k: x for k, x in timm_state(64).items() if not k.endswith("gamma")}
-    plain = dict(size=32, patch=16, width=64, depth=2, heads=1)
-    model = mrplip(41, 39, dict(plain, layer_scale=1e-5))
-    networks.adopt_vision(model, networks.load_vit(folded))
+    model = mrplip(41, 39, dict(TINY_VIT, layer_scale=1e-5))
+    networks.adopt_vision(model, save(folded, path))
     assert torch.equal(model.vision.blocks[1].ls2.gamma, torch.ones(64))
-    assert torch.equal(model.vision(images), networks.load_vit(folded).eval()(images))
-    with pytest.raises(ValueError, match="the vision file holds another network"):
-        networks.adopt_vision(mrplip(41, 39, plain), networks.load_vit(timm_state(128)))
+    assert torch.equal(model.vision(images), peers.load_vit(folded).eval()(images))
+    # Another size of images resamples the positions.
+    model = mrplip(41, 39, dict(TINY_VIT, size=48))
+    networks.adopt_vision(model, save(timm_state(64), path))
+    same = peers.load_vit(timm_state(64), 48).eval()
+    assert torch.equal(model.vision(waves(48)), same(waves(48)))
+    with pytest.raises(ValueError, match="x.pt holds another network"):
+        networks.adopt_vision(model, save(timm_state(128), path))
 
 
-def test_pixel_statistics_stay_with_the_size():
-    half = ((0.5,) * 3, (0.25,) * 3)
-    assert networks.load_vit(timm_state(64), stats=half).mean.flatten().tolist() == [0.5] * 3
-    shape = dict(size=32, patch=16, width=64, depth=2, heads=2, layer_scale=1.0)
-    model, other = mrplip(41, 39, dict(shape, stats=half)), mrplip(41, 39, shape)
-    # A file does not tell heads and pixel statistics: those of the size stay.
-    networks.adopt_vision(model, networks.load_vit(timm_state(64)))
-    assert model.vision.blocks[0].attn.heads == 2 and model.vision.std.flatten()[0] == 0.25
-    # A checkpoint does.
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other.vision.std, model.vision.std)
+# What configs beside a file may say, and towers of TINY_CLIP and TINY_VIT do not do.
+HALF = [0.5, 0.5, 0.5]
+CONTRADICTIONS = [
+    ("quick_gelu", "open_clip_config", {"model_cfg": {"quick_gelu": True, "vision_cfg": {}}}),
+    ("hidden_act", "config", {"vision_config": {}}),  # transformers' default is quick_gelu
+    ("pool_type", "open_clip_config", {"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}),
+    ("act_kwargs", "open_clip_config", {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}),
+    ("head_width", "open_clip_config", {"vision_cfg": {"head_width": 32}}),
+    ("mean", "open_clip_config", {"preprocess_cfg": {"mean": HALF}}),
+    ("image_std", "preprocessor_config", {"image_std": HALF}),
+    ("num_heads", "config", {"architecture": "vit", "model_args": {"num_heads": 2}}),
+    ("global_pool", "config", {"global_pool": "avg"}),
+    ("act_layer", "x", {"act_layer": "silu"}),
+]
+
+
+@pytest.mark.parametrize("key, name, config", CONTRADICTIONS)
+def test_a_config_that_contradicts_the_size_is_named(key, name, config, tmp_path):
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    for shape, state in ((TINY_CLIP, clip_state()), (TINY_VIT, timm_state(64))):
+        path = save(state, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"x.pt: its config says {key} .*, not "):
+            networks.adopt_vision(mrplip(41, 39, shape), path)
+
+
+def test_a_text_tower_is_as_its_config_says(tmp_path, capsys):
+    path, model = save(clip_state(), tmp_path / "x.pt"), mrplip(41, 39, TINY_CLIP)
+    networks.adopt_text(model, path)
+    assert capsys.readouterr().out.endswith("no config tells its text tower, so 1 heads and gelu\n")
+    beside = tmp_path / "open_clip_config.json"
+    for change in ({}, {"heads": 2}, {"no_causal_mask": True}, {"pool_type": "last"}):
+        beside.write_text(json.dumps({"vision_cfg": {}, "text_cfg": {"heads": 1} | change}))
+        if change:
+            with pytest.raises(ValueError, match=f"x.pt: its config says {[*change][0]}"):
+                networks.adopt_text(model, path)
+        else:
+            networks.adopt_text(model, path)
+            model.text.blocks[0].mlp.quick = True
+            with pytest.raises(ValueError, match="its config says quick_gelu False, not True"):
+                networks.adopt_text(model, path)
+            model.text.blocks[0].mlp.quick = False
+    assert capsys.readouterr().out == ""
+    beside.write_text("[1]")
+    with pytest.raises(ValueError, match="open_clip_config.json is no config"):
+        networks.adopt_text(model, path)
+
+
+def test_what_no_config_tells_stays_with_the_size(tmp_path):
+    model = mrplip(41, 39, dict(TINY_VIT, heads=2, stats=(HALF, HALF)))
+    networks.adopt_vision(model, save(timm_state(64), tmp_path / "x.pt"))
+    assert model.vision.blocks[0].attn.heads == 2 and model.vision.std.flatten()[0] == 0.5
 
 
 def test_a_run_starts_from_one_clip_file(tmp_path, monkeypatch):
     words = text.Tokenizer([])
     clip = clip_state(vocab=words.size - 1)  # all but [mask]
-    torch.save(clip, tmp_path / "clip.pt")
+    file, images = str(save(clip, tmp_path / "clip.pt")), torch.rand(2, 3, 32, 32)
     tower = dict(context=9, width=64, depth=2, heads=1)
     rest = dict(fusion=dict(width=16, depth=1, heads=2, pool=2), embed=24, simsiam=(16, 8))
     small = dict(vision=TINY_CLIP, text=tower, **rest)
     quick = dict(vision=dict(TINY_CLIP, quick=True), text=dict(tower, quick=True), **rest)
     monkeypatch.setattr(networks, "SIZES", {"quiltnet": small, "plip": quick})
-    file, images = str(tmp_path / "clip.pt"), torch.rand(2, 3, 32, 32)
     ids, embedded = words.batch(["mucin", "the mucin"], 9), []
     for size in ("quiltnet", "plip"):
         cfg = train.Config(size=size, vision=file, text=file, tokenizer="not read here")
         model = train.build_model(cfg, words).eval()
-        vit, tower = networks.load_clip(clip, size == "plip")
+        vit, tower = peers.load_clip(clip, size == "plip")
         expected = F.normalize(vit.eval()(images)[:, 0] @ vit.proj.T, dim=-1)
         assert torch.allclose(model.encode_image(images), expected, atol=1e-6)
         assert torch.equal(model.encode_text(ids), F.normalize(tower(ids)[1], dim=-1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import script
-from test_model import clip_state, is_golden, sines, timm_state, waves
+from test_model import clip_state, is_golden, reference_vit, sines, timm_state, waves
 
 import evaluate
 import model as networks
@@ -60,18 +60,11 @@ def arguments(*argv):
 # Hugging Face
 
 
-def test_huggingface_names_become_those_of_open_clip():
-    clip = clip_state()
-    found = peers.from_huggingface(huggingface_state(clip))
-    assert found.keys() == clip.keys()
-    assert all(torch.equal(found[name], clip[name]) for name in clip)
-
-
 def test_golden_huggingface():
     """What transformers 5.24 computes from weights that anyone can write down."""
     state = sines(huggingface_state(clip_state()))
     state["text_model.embeddings.position_ids"] = torch.arange(9)
-    vit, tower = networks.load_clip(peers.from_huggingface(state))
+    vit, tower = peers.load_clip(peers.from_huggingface(state))
     v = vit.eval()(waves(32))[1, 0] @ vit.proj.T
     assert is_golden(F.normalize(v, dim=-1), "hf image")
     ids = torch.tensor([[38, 7, 39, 0, 0, 0, 0, 0, 0]])
@@ -85,6 +78,55 @@ def test_a_part_of_a_huggingface_clip_is_one_sentence(tmp_path):
         lacks = f"x.bin is no CLIP of Hugging Face: it lacks .*{name[-11:]}"
         with pytest.raises(ValueError, match=lacks):
             peers.read_state(tmp_path / "x.bin")
+
+
+# --------------------------------------------------------------------------------------------------
+# What configs beside a file tell
+
+OPEN_CLIP = {"vision_cfg": {"head_width": 64}, "text_cfg": {"heads": 1}}
+SAYS = [
+    ("config", {"vision_config": {"hidden_act": "gelu"}, "text_config": {"hidden_act": "gelu"}}, 0),
+    ("config", {"vision_config": {}, "text_config": {"eos_token_id": 2}}, 1),
+    ("open_clip_config", {"model_cfg": OPEN_CLIP | {"quick_gelu": True}}, 1),
+    ("open_clip_config", {"model_cfg": OPEN_CLIP | {"quick_gelu": False}}, 0),
+    ("clip", {"quick_gelu": True}, 1),
+    ("other", {"quick_gelu": True}, 0),  # of another file
+]
+
+
+@pytest.mark.parametrize("name, config, quick", SAYS)
+def test_the_gelu_of_a_clip_is_that_of_its_config(name, config, quick, tmp_path, capsys):
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    torch.save(sines(clip_state()), tmp_path / "clip.pt")
+    vit, tower = peers.load_clip(peers.read_state(tmp_path / "clip.pt"), file=tmp_path / "clip.pt")
+    ids = torch.tensor([[38, 7, 39, 0, 0, 0, 0, 0, 0]])
+    assert is_golden(vit.eval()(waves(32))[1, 0] @ vit.proj.T, f"open_clip image {bool(quick)}")
+    assert is_golden(tower(ids)[1][0], f"open_clip text {bool(quick)}")
+    assert ("no config tells its vision tower" in capsys.readouterr().out) == (name == "other")
+    if name != "other":
+        with pytest.raises(ValueError, match="clip.pt: its config says (hidden_act|quick_gelu) "):
+            peers.load_clip(clip_state(), not quick, file=tmp_path / "clip.pt")
+
+
+def test_heads_and_pixels_of_a_vit_are_those_of_its_config(tmp_path):
+    path, images = tmp_path / "vit.pt", torch.rand(2, 3, 32, 32)
+    about = {"num_heads": 3, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    with pytest.raises(ValueError, match='vit.pt: nothing tells the heads of 48 .*"num_heads": N'):
+        peers.load_vit(timm_state(48), file=path)
+    mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = reference_vit(timm_state(48), (images - mean) / std, 3, 1e-6)
+    timm = {"architecture": "vit_x", "model_args": {"num_heads": 3}, "pretrained_cfg": about}
+    for name, config in (("config", timm), ("vit", about | {"layer_norm_eps": 1e-6})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        vit = peers.load_vit(timm_state(48), file=path).eval()
+        assert torch.allclose(vit(images), expected, atol=1e-5)
+        (tmp_path / f"{name}.json").unlink()
+    (tmp_path / "vit.json").write_text(json.dumps({"layer_norm_eps": 1e-3, "num_heads": 3}))
+    assert peers.load_vit(timm_state(48), file=path).blocks[0].norm2.eps == 1e-3
+    for odd in ({"act_layer": "silu"}, {"global_pool": "avg"}):
+        (tmp_path / "vit.json").write_text(json.dumps({"num_heads": 3} | odd))
+        with pytest.raises(ValueError, match=f"vit.pt: its config says {[*odd][0]}"):
+            peers.load_vit(timm_state(48), file=path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +192,12 @@ def test_damaged_safetensors_are_one_sentence(tmp_path):
 def test_the_command_rewrites_what_train_cannot_read(tmp_path):
     clip = clip_state()
     write_safetensors(tmp_path / "model.safetensors", huggingface_state(clip))
+    config = {"vision_config": {}, "text_config": {"hidden_act": "quick_gelu"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     out = tmp_path / "sub/clip.pt"
     script("protocols.peers", tmp_path / "model.safetensors", "--out", out, check=True)
+    # Its config comes along.
+    assert all(tower.blocks[0].mlp.quick for tower in peers.load_clip(clip, file=out))
     state = networks.read_weights(out)
     assert state.keys() == clip.keys()
     assert all(torch.equal(state[name], clip[name]) for name in clip)
@@ -182,8 +228,9 @@ def test_a_clip_has_the_calls_that_protocols_use(tmp_path, words):
     assert plain.name == "clip" and other.name == "plip"
     assert plain.fingerprint == other.fingerprint
     # The same file with another GELU gives other features and says so.
+    assert plain.model.itc_scale == clip["logit_scale"]  # probabilities depend on it
     quick = peers.load(arguments("--clip", tmp_path / "clip.bin", *flags, "--quick-gelu"))
-    assert quick.fingerprint == plain.fingerprint + "-quick-gelu"
+    assert quick.fingerprint != plain.fingerprint
     ids = plain.tokenizer.batch(["lung tissue"], plain.model.text.context)
     assert not torch.allclose(plain.model.encode_text(ids), quick.model.encode_text(ids), atol=1e-4)
 
@@ -215,10 +262,8 @@ def test_random_is_the_same_each_time_and_a_run_brings_its_keywords(tmp_path, wo
     run.mkdir()
     torch.manual_seed(1)
     model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
-    torch.save(
-        {"model": model.state_dict(), "tokenizer": words.merges, "config": {"size": "synthetic"}},
-        run / "ckpt.pt",
-    )
+    saved = {"model": model.state_dict(), "tokenizer": words.merges}
+    torch.save(saved | {"config": {"size": "synthetic"}}, run / "ckpt.pt")
     (run / "config.json").write_text(json.dumps({"size": "synthetic", "k_o": 3}))
     (run / "tokenizer.json").write_text(words.to_json())
     (run / "keywords.json").write_text(json.dumps(["mucin", "gland"]))
