@@ -254,7 +254,7 @@ def level_scores(features, vectors):
 
 
 def merged_scores(test, train):
-    """Sum the scores [R, 4, C] of the magnifications, centred on training bags -> [R, C], or NaN."""
+    """Sum scores [R, 4, C] of the magnifications, centred on training bags -> [R, C], or NaN."""
     known = ~np.isnan(train)
     centre = np.where(known, train, 0).sum(0) / np.maximum(known.sum(0), 1)  # [4, C]
     # A bag without a valid node has no class.

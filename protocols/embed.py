@@ -1,6 +1,7 @@
-"""Cut labelled pictures into tiles of a magnification, and embed them.
+"""Cut labelled pictures into tiles of a magnification, and embed them, or read their features.
 
-Not a command: protocols.pictures and protocols.finetune read pictures by it.
+Not a command: protocols.pictures, slides and finetune read by it. Features made elsewhere are
+.npz, .npy, .pt or .h5 with an array `features`; those of pictures also have `files` or `names`.
 Shape letters: R pictures, L magnifications (1 without mpp), T tiles of S pixels, D width.
 """
 
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
 import evaluate
 from prepare.slide import read_image
-from protocols import labelled
+from protocols import labelled, peers
+
+KINDS = (".npz", ".npy", ".pt", ".h5")
 
 
 def at_magnification(image, mpp, mag, S):
@@ -58,7 +61,12 @@ class Tiles(Dataset):
         if self.mpp:
             parts = [at_magnification(image, self.mpp, mag, self.S) for mag in data.MAGS]
         else:
-            parts = [np.asarray(ImageOps.fit(image, (self.S, self.S), Image.BICUBIC))[None]]
+            # Crop before resizing: what lies outside must not reach the tile.
+            w, h = image.size
+            n = min(w, h)
+            left, top = (w - n) // 2, (h - n) // 2
+            image = image.crop((left, top, left + n, top + n))
+            parts = [np.asarray(image.resize((self.S, self.S), Image.BICUBIC))[None]]
         level = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         tiles = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
         return tiles, torch.from_numpy(level)
@@ -102,17 +110,92 @@ def embed_pictures(peer, pictures, folder, mpp=None, guided=False, at_once=2000)
     w = evaluate.embed_texts(peer.model, peer.tokenizer, list(peer.keywords)) if guided else None
     guide = [list(peer.keywords), peer.k_o] if guided else []
     key = labelled.digest([pictures.stamp, peer.fingerprint, mpp, guide])
+    root = os.path.commonpath([path.parent for path in pictures.files])
     found = {}
     for start in range(0, len(pictures), at_once):
         path = Path(folder) / "features" / f"{key}-{start:07d}.npz"
+        files = pictures.files[start : start + at_once]
         if not path.exists():
-            piece = embed_files(peer, pictures.files[start : start + at_once], mpp, w)
-            data.write_whole(path, partial(np.savez, **piece))
+            piece = embed_files(peer, files, mpp, w)
+            names = [os.path.relpath(file, root) for file in files]
+            data.write_whole(path, partial(np.savez, **piece, files=names))
         with np.load(path) as piece:
-            for name in piece:
+            for name in set(piece) - {"files"}:
                 found.setdefault(name, []).append(piece[name])
-    found = {name: np.concatenate(parts) for name, parts in found.items()}
+    return keep_known({name: np.concatenate(parts) for name, parts in found.items()}, pictures)
+
+
+def keep_known(found, pictures):
+    """Keep the rows of features [R, L, D] that are known, and add "ok" bool [R], which these are.
+
+    ValueError if there is none.
+    """
     ok = ~np.isnan(found["backbone"]).any((1, 2))
     if not ok.any():
-        raise ValueError(f"no picture of {pictures.name} can be read: see above")
+        raise ValueError(f"no picture of {pictures.name} can be read or has features: see above")
     return {name: x[ok] for name, x in found.items()} | {"ok": ok}
+
+
+# ---- Features made elsewhere --------------------------------------------------------------------
+def stand_in(path):
+    """Stand in for the unknown model of a file or folder of features -> Peer without a model."""
+    path = Path(path).resolve()
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
+    if not files[0].exists():
+        raise ValueError(f"--features {path} does not exist: give features made elsewhere")
+    told = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return peers.Peer(None, None, path.name.removesuffix(".npz"), labelled.digest(told))
+
+
+def read_features(path, wanted):
+    """Read arrays `wanted` of a file of features, as many as it has -> {name: array}."""
+    try:
+        if path.suffix == ".h5":
+            import h5py
+
+            with h5py.File(path) as file:
+                return {name: file[name][()] for name in wanted if name in file}
+        if path.suffix == ".pt":
+            found = torch.load(path, "cpu", weights_only=True)
+        else:
+            found = np.load(path)
+        # An array without a name is the features.
+        found = found if hasattr(found, "keys") else {"features": found}
+        arrays = {name: found[name] for name in wanted if name in found}
+        return {k: x.float().numpy() if torch.is_tensor(x) else x for k, x in arrays.items()}
+    except ImportError:
+        raise ValueError(f"{path} needs h5py: `pip install h5py`, or save it as .npz") from None
+    except Exception as e:  # a damaged file raises almost anything
+        raise ValueError(f"{path} cannot be read as features ({e!r}): save it as .npz") from None
+
+
+def match_features(path, pictures):
+    """Find the features of pictures in a file, by the ends of their paths -> as embed_pictures."""
+    stored = read_features(Path(path), ("features", "backbone", "files", "names"))
+    x = stored.get("features", stored.get("backbone"))
+    names = stored.get("files", stored.get("names"))
+    if x is None or names is None or len(x) != len(names):
+        form = "`features` [R, D] and `files` or `names` [R]"
+        raise ValueError(f"{path} lacks {form}, as many of both: add them")
+
+    def plain(name):
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        suffix = Path(name).suffix
+        return name.removesuffix(suffix) if suffix.lower() in labelled.ENDINGS else name
+
+    number = {plain(name): i for i, name in enumerate(names)}
+    rows = []
+    for file in pictures.files:
+        # A picture a/b/1.png has the row a/b/1, else b/1, else 1.
+        parts = plain(file).split("/")
+        ends = ["/".join(parts[k:]) for k in range(len(parts))]
+        rows.append(next((number[end] for end in ends if end in number), -1))
+    rows = np.array(rows)
+    used = rows[rows >= 0]
+    if len(number) < len(names) or len(set(used)) < len(used):
+        raise ValueError(f"{path} has a name twice, or one that fits two pictures: add folders")
+    if len(used) < len(names):
+        print(f"{len(names) - len(used)} of {len(names)} rows of {path} are of no picture here")
+    x = np.asarray(x, np.float32).reshape(len(x), 1, -1)[rows]
+    x[rows < 0] = np.nan
+    return keep_known({"backbone": x, "image_embedding": x}, pictures)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 import data
 from data import COL, LEVEL, ROW
+from evaluate import one_line
 from prepare.slide import thumbnail
 
 # Viridis: it rises in brightness, so it can be read in grey too.
@@ -44,12 +45,12 @@ def blank(width, height):
 
 def text_width(text, size):
     """Measure a text of a font size in pixels."""
-    return blank(1, 1)[1].textlength(text, font_size=size)
+    return blank(1, 1)[1].textlength(one_line(text), font_size=size)
 
 
 def short(text, width, size=13):
-    """Cut a text so that it fits a width in pixels."""
-    cut = text
+    """Put a text on one line, and cut it so that it fits a width in pixels."""
+    text = cut = one_line(text)
     while text and text_width(cut, size) > width:
         text = text[:-1]
         cut = text + "..."
@@ -94,17 +95,17 @@ def draw_heatmap(slide, parents, panels, width=300):
     """Draw a slide's thumbnail and maps beside it -> PIL image.
 
     parents [(x, y, side)] of P bags; panels [(title, level 0..3, scores [P, N])], NaN where there
-    is nothing to show. Dark is the 5th percentile of a map and yellow the 95th: places of one slide
-    can be compared, slides cannot.
+    is nothing to show. Dark is the 5th percentile of a map and yellow the 95th, whose scores stand
+    at the ends of the bar below it: places of one slide can be compared, slides cannot.
     """
     scale = max(1, round(max(slide.size) / width))
     thumb = thumbnail(slide, scale)
     shown = [(Image.fromarray(thumb), slide.name)]
+    h, w = thumb.shape[:2]
     for title, level, scores in panels:
         # Find the cell at the middle of each pixel; around the grid there is nothing.
         grid, (x0, y0, side) = lay_nodes(parents, scores, level, np.nan)
         grid = np.pad(grid, 1, constant_values=np.nan)
-        h, w = thumb.shape[:2]
         rows = ((np.arange(h) + 0.5) * scale - y0) // side + 1
         columns = ((np.arange(w) + 0.5) * scale - x0) // side + 1
         rows = rows.clip(0, grid.shape[0] - 1).astype(int)
@@ -114,7 +115,14 @@ def draw_heatmap(slide, parents, panels, width=300):
         low, high = np.percentile(pixels[there], [5, 95]) if there.any() else (0, 1)
         tint = colour((np.where(there, pixels, low) - low) / max(high - low, 1e-6))
         mixed = (0.35 * thumb + 0.65 * tint).astype(np.uint8)
-        shown.append((Image.fromarray(np.where(there[..., None], mixed, thumb)), title))
+        panel, draw = blank(max(w, 160), h + 26)
+        panel.paste(Image.fromarray(np.where(there[..., None], mixed, thumb)), (0, 0))
+        # Draw the bar of colours below, with its two numbers.
+        bar = colour(np.linspace(0, 1, panel.width))[None].repeat(8, 0)
+        panel.paste(Image.fromarray(bar), (0, h + 4))
+        draw.text((0, h + 13), f"{low:.3f}", "black", font_size=11)
+        draw.text((panel.width, h + 13), f"{high:.3f}", "black", font_size=11, anchor="ra")
+        shown.append((panel, title))
     return side_by_side(shown)
 
 
@@ -150,13 +158,9 @@ def trace(region):
     return rings
 
 
-def outlines(mask):
-    """Outline the 4-connected regions of a bool grid [h, w] -> [[outer ring, hole, ...], ...].
-
-    Rings are those of `trace`. Regions that touch at a corner stay apart, and no ring meets itself.
-    """
+def regions(mask):
+    """Yield the 4-connected regions of a bool grid [h, w], each a set of cells (x, y)."""
     free = {(x, y) for y, x in np.argwhere(mask).tolist()}
-    shapes = []
     while free:
         # Flood a region from one of its cells.
         region = set()
@@ -167,24 +171,27 @@ def outlines(mask):
             found = free & {(x, y - 1), (x, y + 1), (x - 1, y), (x + 1, y)}
             free -= found
             stack += found
-        shapes.append(trace(region))
-    return shapes
+        yield region
 
 
-def geojson(parents, labels, level, names):
+def geojson(parents, labels, level, names, s):
     """Outline regions of equal label -> a GeoJSON FeatureCollection of QuPath annotations (str).
 
     parents [(x, y, side)]; labels int [P, N], class or -1, of the nodes of `level`; names of the
-    classes.
+    classes; s [P, N, C]: scores, of which an annotation's measurements hold the means over it.
     """
     grid, (x0, y0, side) = lay_nodes(parents, labels, level, -1)
+    scores = [lay_nodes(parents, s[..., c], level, np.nan)[0] for c in range(len(names))]
     features = []
     # Outline each class; turn cells into pixels of the finest level.
-    for c, name in enumerate(names):
+    for c, name in enumerate(map(one_line, names)):
         kind = {"name": name, "color": list(class_colour(c))}
-        about = {"objectType": "annotation", "classification": kind}
-        for shape in outlines(grid == c):
-            corners = [(np.array(ring) * side + (x0, y0)).tolist() for ring in shape]
+        for region in regions(grid == c):
+            x, y = np.array([*region]).T
+            means = [round(float(score[y, x].mean()), 4) for score in scores]
+            about = {"objectType": "annotation", "classification": kind}
+            about["measurements"] = dict(zip(map(one_line, names), means, strict=True))
+            corners = [(np.array(ring) * side + (x0, y0)).tolist() for ring in trace(region)]
             polygon = {"type": "Polygon", "coordinates": corners}
             features.append({"type": "Feature", "geometry": polygon, "properties": about})
     return json.dumps({"type": "FeatureCollection", "features": features})

@@ -135,8 +135,10 @@ def read_folders(path):
         if parted and splits.get(entry):
             found = [row | {"split": splits[entry]} for row in read_folders(entry)]
         else:
-            files = [] if parted else sorted(entry.rglob("*"))
-            found = [{"file": p, "label": entry.name} for p in files if is_picture(p, path)]
+            files = [] if parted else sorted(p for p in entry.rglob("*") if is_picture(p, path))
+            found = [{"file": p, "label": entry.name} for p in files if p.is_file()]
+            # A link that points to nothing, or a pipe, is called as a picture is.
+            left_out += [p.name for p in files if not p.is_file()]
         rows += found
         if not found:
             left_out.append(entry.name)
@@ -289,11 +291,16 @@ def describe_split(pictures, folds):
     if pictures.copies():
         share = f"{pictures.copies()} of {test.sum()} test pictures"
         print(f"{share} have copies among those to learn from: numbers will flatter")
-    if not pictures.groups:
-        remedy = f"give a column {', '.join(GROUPS)}, or --group"
-        print(f"{pictures.name} has no groups: a patient may be on both sides of a split; {remedy}")
-    elif both := set(who[test]) & set(who[~test]):
-        print(f"{len(both)} groups ({pictures.by}) are in training and test: numbers will flatter")
+    if pictures.groups:
+        print(f"{pictures.name}: folds and intervals are by {pictures.by}")
+        if both := set(who[test]) & set(who[~test]):
+            side = "are in training and test: numbers will flatter"
+            print(f"{len(both)} groups ({pictures.by}) {side}")
+    else:
+        risk = "a patient may be on both sides of a split, and intervals are over pictures"
+        print(
+            f"{pictures.name} has no groups: {risk}; give a column {', '.join(GROUPS)}, or --group"
+        )
     if test.all():
         return f"{min(folds, len(set(who)))} folds by {pictures.by or 'row'}"
     if unused := int((pictures.split == "").sum()):

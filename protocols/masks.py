@@ -54,7 +54,7 @@ def read_mask(path, C):
     try:
         with Image.open(path) as image:
             mask = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path} cannot be read as a mask ({e}): give a PNG") from None
     if mask.ndim != 2 or mask.dtype not in (np.uint8, bool) or image.format == "JPEG":
         found = f"{image.format}, {mask.dtype} of {mask.shape}"

@@ -1,6 +1,6 @@
-"""Tell the class of a tiled slide from its patches: pooled by text, or learned by attention MIL.
+"""Tell the class of a slide from its patches: pooled by text, or learned by attention MIL.
 
-Not a command: `python -m protocols.slides MODEL --data SHARDS --labels CSV` calls it.
+Not a command: `python -m protocols.slides` with --labels calls it.
 
 Shape letters: P parents (5x) of a slide, N = 85 nodes, M patches of a slide, D width of a feature,
 H hidden width, C classes, R slides.
@@ -19,13 +19,16 @@ import evaluate
 from data import LEVEL
 from evaluate import MAG_NAMES
 from prepare.slide import bare
-from protocols import labelled, metrics
+from protocols import embed, labelled, metrics
 
 
 # ---- MI-Zero and attention MIL ------------------------------------------------------------------
 def at_level(x, level):
-    """Take the patches of a magnification that hold tissue, of [P, N, D] -> [M, D]."""
-    patches = x[:, LEVEL == level].reshape(-1, x.shape[2])
+    """Take the patches of a magnification that hold tissue, of [P, N, D] -> [M, D].
+
+    Features made elsewhere have N = 1, and are of level 0.
+    """
+    patches = x[:, LEVEL[: x.shape[1]] == level].reshape(-1, x.shape[2])
     return patches[~np.isnan(patches[:, 0])]
 
 
@@ -126,58 +129,92 @@ def read_labels(path):
     return labels
 
 
-class Slides:
-    """R labelled slides of shards: .names, .labels, .who (patients), .split, each [R].
+def list_shards(path, mark, folder):
+    """List the slides of shards -> [(slide, file of its features in `folder`, (bags, rows))]."""
+    bags = data.Bags(path)
+    found = []
+    for number, shard in enumerate(bags.shards):
+        rows = np.flatnonzero(bags.shard_of == number).tolist()
+        slide, stat = bags.slides[rows[0]], shard.stat()
+        told = [mark, str(shard), stat.st_size, stat.st_mtime_ns]
+        # The name of a slide may be as long as that of a file can be.
+        name = f"{slide[:200]}-{labelled.digest(told)}.npz"
+        found.append((slide, folder / name, (bags, rows)))
+    return found
 
-    Features are read once into `folder`, a file a slide, which is named by weights and shard.
+
+def list_features(path):
+    """List the slides of a folder, a file of features each -> as `list_shards`, without bags."""
+    found = {}
+    for file in sorted(file for file in path.iterdir() if file.suffix in embed.KINDS):
+        # Ours carry the name of the slide, those of CLAM and TRIDENT are called by it.
+        own = embed.read_features(file, ("slide",)) if file.suffix == ".npz" else {}
+        slide = str(own.get("slide", bare(file.stem)))
+        if bare(slide) in found:
+            raise ValueError(
+                f"{file} and {found[bare(slide)][1]} are of one slide: keep one of them"
+            )
+        found[bare(slide)] = (slide, file, None)
+    return list(found.values())
+
+
+class Slides:
+    """R labelled slides: .names, .labels, .who (patients), .split, .paths of their features, [R].
+
+    listing: folder -> rows as of `list_shards`; the folder, source, may hold train/ and test/.
     """
 
-    def __init__(self, peer, source, labels, folder):
-        # Find the shards of the labelled slides.
+    def __init__(self, source, labels, listing):
         parts = [(source / name, name) for name in ("train", "test") if (source / name).is_dir()]
-        found = []
-        jobs = []
-        unlabelled = []
-        for path, split in parts or [(source, "")]:
-            bags = data.Bags(path)
-            for number, shard in enumerate(bags.shards):
-                rows = np.flatnonzero(bags.shard_of == number).tolist()
-                slide = bags.slides[rows[0]]
-                if bare(slide) not in labels:
-                    unlabelled.append(slide)
-                else:
-                    stat = shard.stat()
-                    told = [peer.fingerprint, str(shard), stat.st_size, stat.st_mtime_ns]
-                    jobs.append((bags, rows, folder / f"{slide}-{labelled.digest(told)}.npz"))
-                    found.append((slide, *labels[bare(slide)], split))
-        if not jobs:
+        listed = [(*row, split) for path, split in parts or [(source, "")] for row in listing(path)]
+        found = [row for row in listed if bare(row[0]) in labels]
+        if not found:
             raise ValueError(f"--labels names none of the slides in {source}: use their file names")
         lost = labels.keys() - {bare(row[0]) for row in found}
         if lost:
             print(f"slides of --labels that are not in {source}, {labelled.few(sorted(lost))}")
+        unlabelled = [row[0] for row in listed if bare(row[0]) not in labels]
         if unlabelled:
             print(f"slides without a label, {labelled.few(unlabelled)}")
-        self.names, self.labels, self.who, self.split = map(np.array, zip(*found, strict=True))
+        names, self.paths, self.bags, split = zip(*found, strict=True)
+        self.names, self.split = np.array(names), np.array(split)
+        self.labels, self.who = np.array([labels[bare(name)] for name in names]).T
         # A patient on both sides of a split would make every number look better than it is.
         both = set(self.who[self.split == "train"]) & set(self.who[self.split == "test"])
         if both:
             print(f"{len(both)} patients are in both train and test: measured in folds by patient")
             self.split[:] = ""
-        # Embed slide by slide, so that a call that is stopped can go on.
-        device = next(peer.model.parameters()).device
-        for bags, rows, path in data.progress(jobs, "slides", unit="slide"):
+
+    def embed(self, model):
+        """Embed slide by slide, so that a call that is stopped can go on."""
+        jobs = list(zip(self.names, self.paths, self.bags, strict=True))
+        for name, path, (bags, rows) in data.progress(jobs, "slides", unit="slide"):
             if not path.exists():
-                told = evaluate.embed(peer.model, bags, rows, device)
+                told = evaluate.embed(model, bags, rows, next(model.parameters()).device)
                 wanted = ("image_embedding", "backbone", "valid")
-                arrays = {name: told[name].numpy() for name in wanted}
-                data.write_whole(path, partial(np.savez, **arrays))
-        self.paths = [path for _, _, path in jobs]
+                arrays = {key: told[key].numpy() for key in wanted}
+                data.write_whole(path, partial(np.savez, slide=name, **arrays))
 
     def read(self, name):
-        """Yield feature `name` [P, N, D] of each slide, NaN where there is no tissue."""
+        """Yield feature `name` [P, N, D] of each slide, NaN where there is no tissue.
+
+        What was made elsewhere has one feature and is [P, 1, D].
+        """
+        width = None
         for path in self.paths:
-            with np.load(path) as stored:
-                yield np.where(stored["valid"][..., None], stored[name], np.nan)
+            stored = embed.read_features(path, ("features", name, "valid"))
+            if "valid" in stored:
+                x = np.where(stored["valid"][..., None], stored[name], np.nan)
+            elif "features" in stored:
+                x = np.asarray(stored["features"], np.float32)
+                x = x.reshape(-1, 1, x.shape[-1])
+            else:
+                raise ValueError(f"{path} has no array `features` [n, D]: save it under this name")
+            width = width or x.shape[2]
+            if x.shape[2] != width:
+                widths = f"{x.shape[2]} numbers a patch, those before it {width}"
+                raise ValueError(f"{path} has {widths}: give features of one model")
+            yield x
 
 
 def measure_pooling(slides, y, vectors):
@@ -211,13 +248,27 @@ def measure_pooling(slides, y, vectors):
     return found
 
 
-def measure_shards(peer, source, labels, classes, vectors, about, folds, out):
-    """Measure MI-Zero (if there are classes) and attention MIL -> OUT/results.json, tables."""
-    slides = Slides(peer, source, labels, out / "features")
+def measure_slides(slides, model, source, classes, vectors, about, folds, out):
+    """Measure MI-Zero (if there are classes), mean features and attention MIL -> OUT/results.json.
+
+    model: None if features are there already; vectors [C, d] of the classes, or None.
+    """
     names, order = labelled.order_classes(slides.labels.tolist(), classes)
     # Classes that no slide has are candidates for the prompts.
     names = list(classes) or names
     y = np.array([names.index(label) for label in slides.labels])
+    # Refuse what cannot be measured before anything is read.
+    learn = min(len(set(y)), len(set(slides.who))) > 1
+    if not learn:
+        count = (
+            f"{len(y)} labelled slides of {len(set(y))} classes, {len(set(slides.who))} patients"
+        )
+        lack = f"{source} has {count}: attention MIL needs two of both"
+        if vectors is None:
+            raise ValueError(f"{lack}; label more slides, or ask by --classes")
+        print(f"{lack} and is left out")
+    if model:
+        slides.embed(model)
     parted = len(set(slides.split)) > 1
     dealt = f"{min(folds, len(set(slides.who)))} folds by patient"
     split = "learned on train, measured on test" if parted else dealt
@@ -231,21 +282,34 @@ def measure_shards(peer, source, labels, classes, vectors, about, folds, out):
         for unit, rows in pooled.items():
             title = f"MI-Zero by the {unit} patches of a class"
             labelled.print_rows(title, rows, ["f1", "balanced"])
-    learned = {}
-    device = next(peer.model.parameters()).device
-    for level, mag in enumerate(MAG_NAMES):
-        # Read one magnification at a time: all four may not fit into memory.
-        x = [torch.from_numpy(at_level(found, level)) for found in slides.read("backbone")]
-        use = [i for i, patches in enumerate(x) if len(patches)]
-        if len(set(y[use])) > 1:
-            x, who, parts = [x[i] for i in use], slides.who[use], slides.split[use]
-            learned[mag] = measure_mil(x, y[use], len(names), who, parts, folds, device)
-    if learned:
+    if learn:
         pairs = metrics.splits(y, slides.who, slides.split, folds)
         about["unlearned"] = metrics.find_unlearned(pairs, np.eye(len(names))[y] > 0, names)
         about |= {"classes": names, "order": order}
-        evaluate.save_results(out, "mil", {source.name: learned}, about)
-        labelled.print_rows(f"Attention MIL, {split}", learned)
-    else:
-        print("all slides have one class: attention MIL is left out")
+        means, learned = learn_slides(slides, y, len(names), folds)
+        for name, title, rows in (
+            ("slide_probe", "Linear probe of mean features", means),
+            ("mil", "Attention MIL", learned),
+        ):
+            evaluate.save_results(out, name, {source.name: rows}, about)
+            labelled.print_rows(f"{title}, {split}", rows)
     print(f"\nwrote {out}/results.json")
+
+
+def learn_slides(slides, y, C, folds):
+    """Learn classes y [R] by a probe of mean features and by MIL -> two {magnification: scores}."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    means, learned = {}, {}
+    for level, mag in enumerate(MAG_NAMES):
+        # Read one magnification at a time: all four may not fit into memory.
+        x = []
+        for found in slides.read("backbone"):
+            x.append(torch.from_numpy(at_level(found, level)))
+            mag = mag if found.shape[1] > 1 else "whole"
+        use = [i for i, patches in enumerate(x) if len(patches)]
+        x, who, parts = [x[i] for i in use], slides.who[use], slides.split[use]
+        if min(len(set(y[use])), len(set(who))) > 1:
+            learned[mag] = measure_mil(x, y[use], C, who, parts, folds, device)
+            x = torch.stack([patches.mean(0) for patches in x])
+            means[mag] = metrics.linear_probe(x, y[use], C, who, parts, folds)
+    return means, learned

@@ -5,7 +5,8 @@
 
 MODEL as in protocols/peers.py, --data as in protocols/labelled.py. --levels resamples each picture
 to 5x, 10x, 20x and 40x, averages the features of the tiles of a magnification, and merges the four
-zero-shot scores. Results: OUT/results.json and OUT/features.
+zero-shot scores. Results: OUT/results.json and OUT/features. Without MODEL, --features FILE.npz
+measures features made elsewhere (protocols/embed.py).
 
 Shape letters: R pictures, L magnifications (1 without --levels), C classes, D width of a feature.
 
@@ -96,7 +97,7 @@ def probe(pictures, classes, found, features, mags, folds):
         print(f"{least}: few-shot asks for no more, where it would for {SHOTS[-1]}")
     rows, few = {}, {}
     for name in features:
-        x = found[FEATURES[name]]
+        x = found[FEATURES.get(name, "backbone")]
         title = f"{pictures.name}, {name}"
         for k, mag in enumerate(mags):
             row = metrics.linear_probe(x[:, k], y, C, who, pictures.split, folds)
@@ -122,9 +123,12 @@ def measure(peer, pictures, out, args):
     """Run every protocol that the pictures allow -> results.json in `out`, tables on the screen."""
     mpp = args.mpp if args.levels else None
     mags = evaluate.MAG_NAMES if mpp else ("whole",)
-    features = args.features.split(",")
+    features = args.features.split(",") if peer.model else ["features"]
     about = labelled.about_pictures(peer, pictures)
     split = labelled.describe_split(pictures, args.folds)
+    if not peer.tokenizer:
+        who = "a ViT" if peer.model else "a file of features"
+        print(f"{peer.name}: {who} reads no text, so there is no zero-shot and no retrieval")
     prompts = find_prompts(peer, pictures, args.classes)
     names = prompts[0] if args.classes and prompts else None
     classes, order = labelled.order_classes(pictures.labels or (), names)
@@ -135,12 +139,17 @@ def measure(peer, pictures, out, args):
         print(f"{pictures.name} has {len(classes)} classes: no linear probe, no few-shot")
 
     # Read the pictures once for all protocols; go on with those that can be read.
-    found = embed.embed_pictures(peer, pictures, out, mpp, "text_guided" in features)
+    if not peer.model:
+        found = embed.match_features(args.features, pictures)
+    else:
+        found = embed.embed_pictures(peer, pictures, out, mpp, "text_guided" in features)
     kept = [row for row, ok in zip(pictures.rows, found["ok"], strict=True) if ok]
     about |= {"n": len(kept), "left_out": len(pictures) - len(kept), "mpp": mpp}
     if about["left_out"]:
         first = pictures.files[found["ok"].argmin()]
-        print(f"{about['left_out']} of {len(pictures)} pictures cannot be read, the first {first}")
+        print(
+            f"{about['left_out']} of {len(pictures)} pictures have no features, the first {first}"
+        )
     parted = not pictures.held_out().all()
     pictures = labelled.Pictures(pictures.name, pictures.by, kept)
     if parted and pictures.held_out().all():
@@ -185,16 +194,22 @@ def main():
     parser.add_argument("--classes", help="name in prompts.json, or JSON {label: [names]}")
     parser.add_argument("--levels", action="store_true", help="at 5x, 10x, 20x, 40x and merged")
     parser.add_argument("--mpp", type=float, help="of --levels: microns per pixel of the pictures")
-    parser.add_argument("--features", default="backbone", help="backbone,projected,text_guided")
+    parser.add_argument(
+        "--features", default="backbone", help="{}, or FILE".format(",".join(FEATURES))
+    )
     args = parser.parse_args()
-    for name in args.features.split(","):
-        if name not in FEATURES:
-            raise ValueError(f"--features {name} is none of {', '.join(FEATURES)}")
+    made = not set(args.features.split(",")) <= set(FEATURES)
+    if made and (args.levels or args.clip or args.vit or args.model not in (None, "features")):
+        state = f"--features {args.features} is none of {', '.join(FEATURES)}"
+        raise ValueError(f"{state}; a file of features takes neither a model nor --levels")
     if args.levels != bool(args.mpp) or args.mpp and not 0 < args.mpp < 1.2 * data.mpp_of(5):
         raise ValueError("--levels needs --mpp, um per pixel, 0.25 (40x) to 2 (5x); or neither")
     pictures = labelled.read_pictures(args.data, args.train, args.group)
-    peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
-    if "text_guided" in args.features and not peer.keywords:
+    if made:
+        args.model, peer = None, embed.stand_in(args.features)
+    else:
+        peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
+    if "text_guided" in args.features.split(",") and not peer.keywords:
         raise ValueError(f"{peer.name} has no keywords.json: only a run has text_guided features")
     out = labelled.results_folder(args, peer, pictures)
     measure(peer, pictures, out, args)

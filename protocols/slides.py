@@ -3,17 +3,21 @@
     python -m protocols.slides MODEL SLIDE ... --classes NAME|JSON           # which class?
     python -m protocols.slides MODEL SLIDE ... --text "signet ring cells"    # where is it?
     python -m protocols.slides MODEL --data SHARDS --labels CSV [--classes NAME|JSON]
+    python -m protocols.slides --features DIR --labels CSV
 
 MODEL as in protocols/peers.py; --classes as in protocols/labelled.py. SLIDE is a file or a folder.
 
 --classes pools the best patches of each class, MI-Zero [1], at each magnification and merged, into
 OUT/slides.json. --text lists the places nearest to each text in OUT/places.json. Both draw a
-heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. A slide that is done
-is skipped when the command is repeated; one that cannot be read is named and passed over.
+heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. One text outlines the
+tenth of the patches that is nearest to it. A slide that is done is skipped when the command is
+repeated; one that cannot be read is named and passed over.
 
---labels is a table slide,label[,patient] of slides that prepare.tile has tiled: MI-Zero and
-attention MIL (protocols/mil.py), in folds by patient or learned on SHARDS/train and measured on
-SHARDS/test. Results go to OUT/results.json, features to OUT/features.
+--labels is a table slide,label[,patient] of slides that prepare.tile has tiled: MI-Zero, a probe of
+mean features and attention MIL (protocols/mil.py), in folds by patient or learned on SHARDS/train
+and measured on SHARDS/test. Results go to OUT/results.json, features to OUT/features. --features
+reads those in place of a model, or what CLAM, TRIDENT and others wrote: a file a slide, .h5, .npz,
+.npy or .pt, with `features` [n, D].
 
 Shape letters: P parents (5x) of a slide, N = 85 nodes, C classes or texts.
 [1] Lu et al. 2023, MI-Zero.
@@ -22,6 +26,7 @@ Shape letters: P parents (5x) of a slide, N = 85 nodes, C classes or texts.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +39,7 @@ from data import LEVEL
 from evaluate import MAG_NAMES
 from prepare.slide import Slide, find_slides, mpp_table
 from prepare.tile import choose_parents
-from protocols import heatmap, labelled, mil, peers
+from protocols import embed, heatmap, labelled, mil, peers
 
 SHOWN_J = 10  # the heatmap shows the merged class of the ten best patches
 
@@ -85,16 +90,22 @@ def score_slide(peer, slide, vectors, fov_px, min_tissue=0.1):
     if not parents:
         look = f"look at it with `python -m prepare.preview {slide.path}`"
         raise ValueError(f"{slide.path} has no 5x square with tissue: {look}, or give --fov-px")
-    # Keep scores, not features: a slide has thousands of parents.
-    s = np.full((len(parents), data.NODES, len(vectors)), np.nan, np.float32)
-    bar = data.progress(parents, slide.name, unit="bag", leave=False)
-    for row, (x, y, side, tissue) in zip(s, bar, strict=True):
+    valid = np.stack([data.valid_nodes(slide.mags, tissue) for *_, tissue in parents])  # [P, N]
+    waiting, found = [], []
+    for p, (x, y, side, _) in enumerate(
+        data.progress(parents, slide.name, unit="bag", leave=False)
+    ):
         image = torch.from_numpy(slide.read(x, y, side, 8 * peer.model.vision.size))
-        valid = data.valid_nodes(slide.mags, tissue)
-        # Embed only nodes with tissue: glass costs as much as tissue does.
-        patches = data.pyramid(image.permute(2, 0, 1)[None])[0][torch.from_numpy(valid)]
-        v = evaluate.embed_images(peer.model, patches)["image_embedding"]
-        row[valid] = v @ vectors.T
+        patches = data.pyramid(image.permute(2, 0, 1)[None])[0]  # [N, 3, S, S]
+        # Embed only nodes with tissue, of many parents at once, so that few batches are not full.
+        waiting.append(patches[torch.from_numpy(valid[p])])
+        if sum(map(len, waiting)) >= 512 or p == len(parents) - 1:
+            v = evaluate.embed_images(peer.model, torch.cat(waiting))["image_embedding"]
+            # Keep scores, not features: a slide has thousands of parents.
+            found.append(v @ vectors.T)
+            waiting = []
+    s = np.full((*valid.shape, len(vectors)), np.nan, np.float32)
+    s[valid] = torch.cat(found)
     return [parent[:3] for parent in parents], s
 
 
@@ -122,9 +133,9 @@ def ask_slide(peer, path, mpp, vectors, names, args, out):
             panels = [(f"{names[best]} at {mag}", k, s[..., best]) for k, mag in mags]
         picture = heatmap.draw_heatmap(slide, parents, panels)
     # Write the record last, so that a slide that has one is done.
-    shapes = heatmap.geojson(parents, label_nodes(s, level), level, names)
-    data.write_whole(out / f"{slide.name}.{end}.geojson", shapes)
-    heatmap.save(picture, out / f"{slide.name}.{end}.png")
+    shapes = heatmap.geojson(parents, label_nodes(s, level), level, names, s)
+    data.write_whole(out / f"{slide.name[:230]}.{end}.geojson", shapes)
+    heatmap.save(picture, out / f"{slide.name[:230]}.{end}.png")
     return {"parents": len(parents), "found": found}
 
 
@@ -193,20 +204,28 @@ def parse(argv=None):
     add("--fov-px", type=int, help="pixels a side of a 5x square (the tower's)")
     add("--level", default="20x", choices=MAG_NAMES, help="of outlines, --text")
     add("--data", help="instead of slides: shards that prepare.tile has made")
-    add("--labels", help="of --data: CSV of slide,label[,patient]")
-    add("--folds", type=int, default=5, help="of --data (5)")
+    add("--features", help="instead of a model and slides: folder with features of each slide")
+    add("--labels", help="of --data, --features: CSV of slide,label[,patient]")
+    add("--folds", type=int, default=5, help="of --labels (5)")
     add("--out", help="folder to write (RUN/slides or results/MODEL/slides)")
     args = parser.parse_intermixed_args(argv)
     # Of a model named by a flag, the first word is a slide already.
+    if args.features:
+        args.model = args.model or "features"
     if args.model and (args.clip or args.vit):
         args.slides.insert(0, args.model)
         args.model = None
-    if bool(args.slides) == bool(args.data) or bool(args.data) != bool(args.labels):
-        raise ValueError("give slide files, or --data SHARDS with --labels CSV")
+    ways = [bool(x) for x in (args.slides, args.data, args.features)]
+    if sum(ways) != 1 or bool(args.slides) == bool(args.labels):
+        raise ValueError("give slide files, or --data SHARDS or --features DIR with --labels CSV")
     if args.slides and bool(args.classes) == bool(args.text):
         raise ValueError("slide files need --classes NAME|JSON (which class?) or --text (where?)")
-    if args.text and args.data:
+    if args.text and not args.slides:
         raise ValueError("--text looks for places on slide files, not in shards: give the slides")
+    if args.features and (args.classes or args.clip or args.vit or args.model != "features"):
+        raise ValueError(
+            "--features needs no model, and cannot be asked by --classes: leave it out"
+        )
     if args.fov_px is not None and args.fov_px < 16 or args.folds < 2:
         raise ValueError("--fov-px needs 16 or more, --folds 2 or more")
     return args
@@ -221,11 +240,14 @@ def main():
     if args.classes:
         wanted = {label for label, _ in labels.values()}
         classes, templates = labelled.read_prompts(args.classes, wanted)
-    peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
+    if args.features:
+        peer = embed.stand_in(args.features)
+    else:
+        peer = peers.load(args, "cuda" if torch.cuda.is_available() else "cpu")
     if classes and not peer.tokenizer:
-        raise ValueError(f"{peer.name} reads no text: give a run folder or --clip FILE")
+        raise ValueError(f"{peer.name}: a ViT reads no text: give a run folder or --clip FILE")
     # Results of a run lie in its folder.
-    own = args.model and args.model != "random"
+    own = args.model and args.model not in ("random", "features")
     folder = Path(args.model if own else f"results/{peer.name}")
     out = Path(args.out or folder / (Path(args.data).resolve().name if args.data else "slides"))
     vectors = None
@@ -234,8 +256,13 @@ def main():
         vectors = evaluate.class_vectors(peer.model, peer.tokenizer, names, templates)
     about = {"model": peer.name, "fingerprint": peer.fingerprint}
     about["prompts"] = {"classes": classes, "templates": templates}
-    if args.data:
-        mil.measure_shards(peer, Path(args.data), labels, classes, vectors, about, args.folds, out)
+    if args.labels:
+        listing = mil.list_features
+        if args.data:
+            listing = partial(mil.list_shards, mark=peer.fingerprint, folder=out / "features")
+        source = Path(args.data or args.features)
+        slides = mil.Slides(source, labels, listing)
+        mil.measure_slides(slides, peer.model, source, classes, vectors, about, args.folds, out)
         return
     about |= {"level": args.level, "fov_px": args.fov_px}
     ask_slides(peer, list(classes), vectors, about, args, out)

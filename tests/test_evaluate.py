@@ -102,6 +102,9 @@ def test_level_scores_are_means_over_valid_nodes():
     assert s[0, 1].tolist() == pytest.approx([2 / 3, 1 / 3])
     assert np.isnan(s[0, 3]).all()
     assert not np.isnan(evaluate.merged_scores(s, s)).any()
+    # A bag without any valid node has no class, not the first one.
+    s = evaluate.level_scores(features_of(v, torch.zeros_like(valid)), torch.eye(2))
+    assert np.isnan(evaluate.merged_scores(s, np.zeros((1, 4, 2)))).all()
 
 
 def test_merging_ignores_a_constant_preference():
@@ -176,6 +179,14 @@ def test_bytes_count_as_numbers():
     y = np.arange(20, dtype=np.uint8)
     assert (evaluate.confusion(y, y, 20) == np.eye(20)).all()
     assert evaluate.scores(y, y, 20, np.arange(20), times=2)["accuracy"] == 1
+
+
+def test_a_table_has_a_line_a_row(capsys):
+    evaluate.print_table("a\ttitle", ["x", "y\r\n"], [["tumour\nbed", "\x1b[31mred\u2028"]])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        *("a title", "", "| x          | y       |"),
+        *("| ---------- | ------- |", "| tumour bed | [31mred |"),
+    ]
 
 
 def test_results_of_other_weights_give_way(tmp_path):
@@ -296,17 +307,19 @@ def test_features_are_unit_vectors_and_keywords_guide_them(run, world):
     assert torch.allclose(both[0], F.normalize(prompts.mean(0), dim=0), atol=1e-5)
 
 
-def test_shards_without_truth_or_captions_say_what_is_missing(run, world, tmp_path, capsys):
+def test_shards_without_truth_or_captions_are_refused_unread(
+    run, world, tmp_path, capsys, monkeypatch
+):
     """A lab's folder: shards alone, the same slides in train and test, then a truth of its own."""
     run = copy_run(run, tmp_path)
     for part in ("train", "test"):
         (tmp_path / "lab" / part).mkdir(parents=True)
         for path in [*(world / "train").glob("*.tar"), *(world / "train").glob("*.index.json")]:
             shutil.copy(path, tmp_path / "lab" / part)
-    evaluate.measure(run, tmp_path / "lab", most=4)
-    said = capsys.readouterr().out
-    assert "only retrieval is measured" in said
-    assert "has no captions" in said and not (run / "lab/results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "embed", lambda *_: pytest.fail("read for nothing"))
+        with pytest.raises(ValueError, match="no classes.json .* no captions: give one of the two"):
+            evaluate.measure(run, tmp_path / "lab", most=4)
 
     # Write a fact of one's own, of the 5x parents.
     test = data.Bags(tmp_path / "lab/test")

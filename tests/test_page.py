@@ -3,9 +3,11 @@
 pytest tests/test_page.py
 """
 
+import base64
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -85,25 +87,88 @@ def test_queries_are_the_first_names_of_small_facts():
     assert page.choose_queries({"many": facts["many"]}) == [f"n{i}" for i in range(12)]
 
 
-def test_the_page_of_a_run(run, world, tmp_path):  # noqa: F811
+def test_the_page_of_a_run(run, world, tmp_path, monkeypatch):  # noqa: F811
     folder = shutil.copytree(run, tmp_path / "tiny")
     done = script("protocols.page", folder)
     assert done.returncode == 1 and "results.json does not exist: run `python eva" in done.stderr
     config = {"size": "synthetic", "k_o": 2, "data": str(world)}
     data.write_whole(folder / "config.json", json.dumps(config))
-    evaluate.measure(folder)
-    heatmap.save(Image.new("RGB", (9, 9)), folder / "curves.png")
-    script("protocols.page", folder, check=True)
+    rows = [{"started": "2026-01-02 03:04:05", "step": 0, "config": {"bags": 4}}]
+    rows += [{"step": step, "loss": 9 - step} for step in range(3)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
+    evaluate.measure(folder, most=3)
+    # The pictures are of the bags that were measured.
+    matrices = []
+
+    def drawn(matrix, names):
+        matrices.append(matrix)
+        return charts.draw_confusion(matrix, names)
+
+    monkeypatch.setattr(page, "draw_confusion", drawn)
+    monkeypatch.setattr(sys, "argv", ["page", str(folder)])
+    page.main()
+    found = json.loads((folder / "results.json").read_text())["zeroshot"]
+    for matrix, modes in zip(matrices, found.values(), strict=True):
+        row = modes["ensemble"]["bag"]["merged"]
+        assert matrix.sum() == row["n"] <= 3 and np.trace(matrix) / row["n"] == row["accuracy"]
     html = (folder / "report.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", html)
-    assert headings == ["Zero-shot by prompts", "Linear probe", "Retrieval", "Pictures"]
-    # One file: all is in it, and nothing runs or is fetched.
-    assert html.count("data:image/png;base64,") == 4 and "<script" not in html
-    assert not re.search(r"(src|href)='?http", html)
+    assert headings == [
+        *("Zero-shot by prompts", "Linear probe", "Retrieval", "Training", "Pictures")
+    ]
+    # One file: all is in it, and nothing runs or is fetched. A phone can read it.
+    assert html.count("data:image/png;base64,") == 3 and "<script" not in html
+    assert not re.search(r"(src|href)='?http", html) and "<meta name='viewport'" in html
     assert "architecture, ensemble, bag, f1" in html and "Results of tiny" in html
+    assert "started: 2026-01-02 03:04:05; step: 0; bags: 4" in html
+    assert "<polyline points='60.0,10.0 345.0,70.0 630.0,130.0'" in html
     for name in ("levels.png", "confusion.png", "retrieval.png"):
         with Image.open(folder / name) as image:
             assert min(image.size) > 100 and len(image.getcolors(1 << 24)) > 5, name
+    # Curves that were drawn by dev.curves stand for the loss; other weights are told.
+    heatmap.save(Image.new("RGB", (9, 9)), folder / "curves.png")
+    page.main()
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 4 and "<polyline" not in html
+    results = (folder / "results.json").read_text()
+    for fact in re.findall('"fingerprint": "(.*?)"', results)[:1]:
+        (folder / "results.json").write_text(results.replace(fact, "other"))
+    with pytest.raises(ValueError, match="tiny was trained since: run `python evaluate.py"):
+        page.main()
+
+
+def test_a_foreign_folder_leaks_nothing_and_damage_is_named(tmp_path, monkeypatch):
+    """Pictures that are named elsewhere, links, and what is no picture stay out of the page."""
+    secret = tmp_path / "secret"
+    secret.write_text("SECRET-KEY")
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "text.png").write_text("SECRET-KEY")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    about = {"model": "m", "fingerprint": "x", "pictures": ["../secret.png", str(secret)]}
+    results = {"probe": {"set": {"5x": leaf(0.5)}}, "pictures": ["../secret", str(secret)]}
+    results["about"] = {"probe": about}
+    data.write_whole(folder / "results.json", json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["page", str(folder)])
+    page.main()
+    html = (folder / "report.html").read_text()
+    code = base64.b64encode(b"SECRET-KEY").decode()
+    assert "base64" not in html and "SECRET" not in html and code not in html
+    # Damage is named with its file.
+    for broken in ("{", "[]", '{"about": {}}', '{"about": {"probe": 3}}', '{"zeroshot": 1}'):
+        (folder / "results.json").write_text(broken)
+        with pytest.raises(ValueError, match="results.json is damaged .*: move it away"):
+            page.main()
+
+
+def test_a_line_break_breaks_no_drawing():
+    name = "tumour\nbed\t\x1b"
+    charts.draw_bars({name: {name: (0.5, None, None)}}, "title")
+    charts.draw_confusion(np.eye(2), [name, "b"])
+    heatmap.side_by_side([(Image.new("RGB", (99, 9)), name)])
+    assert heatmap.short(name, 100) == "tumour bed"
 
 
 def test_a_folder_of_other_results(tmp_path):

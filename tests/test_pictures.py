@@ -7,7 +7,10 @@ import csv
 import json
 import os
 import re
+import resource
+import struct
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -268,6 +271,43 @@ def test_a_picture_at_another_magnification_keeps_its_scale():
     assert small.shape == (1, 256, 256, 3) and (small == 255).all()
 
 
+def test_nothing_outside_the_square_reaches_the_tile(tmp_path):
+    """A black square between white margins stays black to its edge."""
+    image = Image.new("RGB", (161, 80), "white")
+    image.paste("black", (40, 0, 120, 80))
+    image.save(tmp_path / "a.png")
+    tile, _ = embed.Tiles([tmp_path / "a.png"], 32)[0]
+    assert tile.shape == (1, 3, 32, 32) and tile.max() == 0
+
+
+def bomb(path, n=16000):
+    """Write a PNG of n x n black pixels of one bit, which is small as a file."""
+    parts = {b"IHDR": struct.pack(">IIBBBBB", n, n, 1, 0, 0, 0, 0), b"IEND": b""}
+    parts[b"IDAT"] = zlib.compress(bytes(n * (1 + n // 8)))
+    content = b"\x89PNG\r\n\x1a\n"
+    for name in (b"IHDR", b"IDAT", b"IEND"):
+        part = name + parts[name]
+        content += struct.pack(">I", len(parts[name])) + part + struct.pack(">I", zlib.crc32(part))
+    path.write_bytes(content)
+
+
+def test_bombs_dangling_links_and_pipes_cost_themselves(tmp_path, capsys):
+    for name in ("a/1.png", "b/2.png"):
+        draw(tmp_path / "some" / name, (len(name), ord(name[0]), 9))
+    bomb(tmp_path / "some/a/bomb.png")
+    (tmp_path / "some/a/gone.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "some/b/pipe.png")
+    found = labelled.read_pictures(tmp_path / "some")
+    assert [path.name for path in found.files] == ["1.png", "bomb.png", "2.png"]
+    assert "left out 2: gone.png, pipe.png\n" in capsys.readouterr().out
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = embed.embed_pictures(mean_colour(16), found, tmp_path / "out")
+    assert told["ok"].tolist() == [True, False, True]
+    assert "bomb.png cannot be read as a picture" in (said := capsys.readouterr().err)
+    assert "decompression bomb" in said
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
 class MeanColour(torch.nn.Module):
     """Embed an image as its mean colour, a feature that anyone can check."""
 
@@ -423,8 +463,9 @@ def test_every_protocol_and_a_broken_picture(run, patches, monkeypatch, capsys):
     command(monkeypatch, pictures, *argv, "--features", "backbone,text_guided")
     said = capsys.readouterr()
     assert "0.png cannot be read" in said.err
-    assert "1 of 24 pictures cannot be read, the first" in said.out
+    assert "1 of 24 pictures have no features, the first" in said.out
     assert "taken for those of lc25000-lung" in said.out
+    assert "folds and intervals are by patient\n" in said.out
     found = results(out)
     assert set(found) == {"zeroshot", "probe", "few_shot", "retrieval", "about"}
     (name,) = found["zeroshot"]
@@ -476,7 +517,8 @@ def test_leaks_and_thin_classes_are_told(run, patches, monkeypatch, capsys):  # 
     # Class folders know no patients.
     argv = ["random", "--data", patches / "patches", "--out", patches / "out"]
     command(monkeypatch, pictures, *argv)
-    assert "patches has no groups" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "patches has no groups" in said and "intervals are over pictures" in said
     assert results(patches / "out")["about"]["probe"]["split"] == "5 folds by row"
     # A class of one patient is not learned where it is tested.
     one = [re.sub(r"(lung_scc),p\d", r"\1,one", line) for line in lines]
@@ -505,6 +547,68 @@ def test_public_weights_go_the_same_way(patches, monkeypatch, capsys):
     vit = ["--vit", patches / "uni.bin", *argv, patches / "vit"]
     command(monkeypatch, pictures, *vit, "--features", "backbone,projected")
     assert set(results(patches / "vit")) == {"probe", "few_shot", "about"}
+    assert "uni: a ViT reads no text, so there is no zero-shot" in capsys.readouterr().out
+
+
+def same_probe(folder, rows):
+    (found,) = results(folder)["probe"].values()
+    return found["whole"] == rows["whole"]
+
+
+def test_features_made_elsewhere_are_measured_without_a_model(run, patches, monkeypatch, capsys):  # noqa: F811
+    flags = ["--data", patches / "index.csv", "--out"]
+    command(monkeypatch, pictures, run, *flags, patches / "own")
+    (rows,) = results(patches / "own")["probe"].values()
+    # What we keep carries its names, so it can be measured again.
+    (own,) = (patches / "own/features").iterdir()
+    command(monkeypatch, pictures, "--features", own, *flags, patches / "again")
+    assert same_probe(patches / "again", rows)
+    assert set(results(patches / "again")) == {"probe", "few_shot", "about"}
+    with np.load(own) as kept:
+        x, files = kept["backbone"][:, 0], kept["files"].tolist()
+    assert sorted(files) == sorted(f"{KINDS[i % 3]}/{i}.png" for i in range(24))
+    # Another order, names without folder and suffix, rows of no picture and pictures of no row.
+    order = np.random.default_rng(0).permutation(24)
+    names = np.array([os.path.basename(files[i])[:-4] for i in order])
+    np.savez(patches / "elsewhere.npz", features=x[order].astype(np.float16), names=names)
+    some = patches / "some"
+    command(
+        monkeypatch, pictures, "features", "--features", patches / "elsewhere.npz", *flags, some
+    )
+    about = results(some)["about"]["probe"]
+    assert (about["model"], about["n"]) == ("elsewhere", 24)
+    np.savez(patches / "few.npz", features=x[order], files=[*names[1:], "stranger"])
+    command(monkeypatch, pictures, "--features", patches / "few.npz", *flags, some)
+    assert "1 of 24 rows of" in (said := capsys.readouterr().out) and "1 of 24 pictures" in said
+    assert results(some)["about"]["probe"]["n"] == 23
+    wrong = {
+        "lacks `features`": dict(features=x),
+        "a name twice": dict(features=x, files=["a"] * 24),
+    }
+    wrong["can be read or has features"] = dict(features=x, files=[f"x{i}" for i in range(24)])
+    for message, arrays in wrong.items():
+        np.savez(patches / "wrong.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            command(monkeypatch, pictures, "--features", patches / "wrong.npz", *flags, some)
+
+
+def test_features_of_every_kind_of_file(tmp_path):
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "x.npy", x)
+    torch.save(torch.from_numpy(x).bfloat16(), tmp_path / "x.pt")
+    for name in ("x.npy", "x.pt"):
+        assert (embed.read_features(tmp_path / name, ("features",))["features"] == x).all()
+    (tmp_path / "x.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="x.npz cannot be read as features"):
+        embed.read_features(tmp_path / "x.npz", ("features",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(ValueError, match="x.h5 needs h5py: `pip install h5py`"):
+            embed.read_features(tmp_path / "x.h5", ("features",))
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["features"], file["coords"] = x, np.zeros((4, 2), int)
+    assert (embed.read_features(tmp_path / "x.h5", ("features", "files"))["features"] == x).all()
 
 
 def test_bad_input_is_one_sentence(run, patches, monkeypatch):  # noqa: F811
@@ -523,6 +627,7 @@ def test_bad_input_is_one_sentence(run, patches, monkeypatch):  # noqa: F811
         (run, "--data", table, "--levels", "--mpp", "3"): "--levels needs --mpp",
         (run, "--data", table, "--levels", "--mpp", "nan"): "--levels needs --mpp",
         (run, "--data", table, "--features", "frozen"): "frozen is none of backbone",
+        ("--data", table, "--features", none): "none does not exist: give features made",
         ("random", "--data", table, "--features", "text_guided"): "no keywords.json",
         (run, "--data", table, "--folds", "1"): "--folds 1 is too few",
         (run, "--data", table, "--group", "ward"): "no column ward",

@@ -28,7 +28,7 @@ CHAPTERS = {
 }
 CORE = set(CHAPTERS)
 CARD = {"torch", "numpy", "PIL", "tifffile", "imagecodecs", "tqdm", "pytest"}
-OPTIONAL = {"openslide", "wandb"}
+OPTIONAL = {"openslide", "wandb", "h5py"}
 PEERS = {"timm", "open_clip", "transformers", "sklearn"}  # compared with in dev/ and tests/
 FILES = [*ROOT.glob("*.py"), *(path for f in FOLDERS for path in (ROOT / f).glob("*.py"))]
 

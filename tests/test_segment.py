@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import script
 from PIL import Image
+from test_pictures import bomb
 from test_slides import run  # noqa: F401, a fixture
 
 from prepare.slide import resize
@@ -181,6 +182,9 @@ def test_masks_that_are_none(tmp_path):
     (tmp_path / "m.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="m.png cannot be read as a mask"):
         masks.read_mask(tmp_path / "m.png", 3)
+    bomb(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="m.png cannot be read as a mask .*bomb"):
+        masks.read_mask(tmp_path / "m.png", 3)
 
 
 def test_masks_that_hold_one_class_are_refused(pairs, capsys):
@@ -216,7 +220,7 @@ def test_a_flat_picture_reads_as_a_slide_does(tmp_path):
 def test_the_command(run, pairs, tmp_path):  # noqa: F811
     lines = ["file,mask,patient", "0.png,0.mask.png,p", "1.png,1.mask.png,q"]
     (tmp_path / "masks.csv").write_text("\n".join(lines))
-    (tmp_path / "names.json").write_text('{"red": ["stroma only", "stroma"], "blue": "fat"}')
+    (tmp_path / "names.json").write_text('{"red": ["stroma only", "stroma"], "b\\nlue": "fat"}')
     argv = [run, "--data", tmp_path / "masks.csv", "--classes", tmp_path / "names.json"]
     argv += ["--mpp", "0.5", "--level", "10", "--out", tmp_path / "out"]
     done = script("protocols.segment", *argv, check=True)
@@ -225,7 +229,7 @@ def test_the_command(run, pairs, tmp_path):  # noqa: F811
     rows = found["segment"]["masks"]
     assert set(rows["by text"]) == {"5x", "10x", "20x", "merged"}
     assert rows["decoder"]["10x"]["n"] == 2
-    assert {"dice", "dice red", "dice blue"} == set(rows["decoder"]["10x"]["interval"])
+    assert {"dice", "dice red", "dice b\nlue"} == set(rows["decoder"]["10x"]["interval"])
     about = found["about"]["segment"]
     assert (about["groups"], about["split"]) == ("patient", "2 folds by patient")
     assert about["unlearned"] == [] and about["copies"] == 0

@@ -14,6 +14,7 @@ import tifffile
 import torch
 from conftest import script
 from PIL import Image
+from written import picture, write
 
 import data
 import evaluate
@@ -98,6 +99,10 @@ def test_nodes_are_labelled_against_the_mean_of_the_slide():
 # Outlines
 
 
+def outlines(mask):
+    return [heatmap.trace(region) for region in heatmap.regions(mask)]
+
+
 def ring_area(ring):
     """Measure a closed ring: positive if it runs clockwise on the screen."""
     return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, ring[1:], strict=False)) / 2
@@ -114,21 +119,21 @@ def is_inside(shapes, x, y):
 
 
 def test_outlines_by_hand():
-    found = heatmap.outlines(np.ones((2, 3), bool))
+    found = outlines(np.ones((2, 3), bool))
     assert found == [[[(0, 0), (3, 0), (3, 2), (0, 2), (0, 0)]]]
     ring = np.ones((3, 3), bool)
     ring[1, 1] = False
-    ((outer, hole),) = heatmap.outlines(ring)
+    ((outer, hole),) = outlines(ring)
     assert ring_area(outer) == 9 and ring_area(hole) == -1
     # What touches at corners only stays apart.
-    assert len(heatmap.outlines(np.eye(3, dtype=bool))) == 3
-    assert heatmap.outlines(np.zeros((2, 2), bool)) == []
+    assert len(outlines(np.eye(3, dtype=bool))) == 3
+    assert outlines(np.zeros((2, 2), bool)) == []
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.8])
 def test_outlines_of_random_masks(density):
     mask = np.random.default_rng(0).random((15, 20)) < density
-    shapes = heatmap.outlines(mask)
+    shapes = outlines(mask)
     assert sum(ring_area(ring) for shape in shapes for ring in shape) == mask.sum()
     for outer, *holes in shapes:
         assert ring_area(outer) > 0 and all(ring_area(hole) < 0 for hole in holes)
@@ -144,12 +149,16 @@ def test_geojson_lies_where_the_nodes_lie():
     labels[0, 1] = 0
     labels[1, 1:5] = 1
     parents = [(1000, 2000, 512), (1512, 2000, 512)]
-    a, b = json.loads(heatmap.geojson(parents, labels, 1, ["a", "b"]))["features"]
+    s = np.zeros((2, 85, 2))
+    s[1, 1:5, 1] = [1, 2, 3, 4]
+    a, b = json.loads(heatmap.geojson(parents, labels, 1, ["a", "b"], s))["features"]
     square = [[1000, 2000], [1256, 2000], [1256, 2256], [1000, 2256], [1000, 2000]]
     assert a["geometry"]["coordinates"] == [square]
     square = [[1512, 2000], [2024, 2000], [2024, 2512], [1512, 2512], [1512, 2000]]
     assert b["geometry"]["coordinates"] == [square]
     assert b["properties"]["classification"]["name"] == "b"
+    # QuPath shows the mean scores of an annotation as its measurements.
+    assert b["properties"]["measurements"] == {"a": 0, "b": 2.5}
 
 
 def test_colours_rise_in_brightness():
@@ -253,6 +262,89 @@ def test_where_is_it_and_a_slide_that_cannot_be_read(run, world, tmp_path, monke
     assert shapes["features"] and (tmp_path / f"out/{path.name}.text.png").exists()
 
 
+def test_one_bad_slide_costs_itself(run, tmp_path, monkeypatch, capsys):
+    """A level that only the thumbnail reads is damaged; a name is long, another is of two lines."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    pixels = picture(1024, 1024)
+    names = ["a.svs", "b" * 241 + ".svs", "c\nd.svs", "e.svs"]
+    for name in names:
+        write(folder / name, pixels, downs=(4,), mpp=0.5)
+    with tifffile.TiffFile(folder / "e.svs") as tif:
+        place, size = tif.pages[2].dataoffsets[0], tif.pages[2].databytecounts[0]
+    content = bytearray((folder / "e.svs").read_bytes())
+    content[place : place + size] = bytes(size)
+    (folder / "e.svs").write_bytes(content)
+    argv = (run, folder, "--classes", run / "classes.json", "--fov-px", 64, "--out", tmp_path)
+    with pytest.raises(ValueError, match="1 of 4 slides could not be read"):
+        command(monkeypatch, *argv)
+    assert "e.svs is damaged" in capsys.readouterr().err
+    stored = json.loads((tmp_path / "slides.json").read_text())["slides"]
+    assert list(stored) == names[:3]
+    assert len(list(tmp_path.glob("*.classes.png"))) == 3
+
+
+def test_few_batches_of_a_slide_are_not_full(run, world, monkeypatch):
+    """Every node with tissue is embedded once, in batches that run across the parents."""
+    asked = []
+    embed_images = evaluate.embed_images
+    monkeypatch.setattr(
+        evaluate, "embed_images", lambda m, x: asked.append(len(x)) or embed_images(m, x)
+    )
+    peer = peers.load(slides.parse([str(run), "x.svs", "--text", "fat"]))
+    with Slide(next((world / "slides").glob("*.svs"))) as slide:
+        parents, s = slides.score_slide(peer, slide, torch.eye(128)[:3], 64)
+    assert sum(asked) == (~np.isnan(s[..., 0])).sum()
+    assert len(asked) == 1 < len(parents)
+
+
+def test_too_few_slides_are_refused_before_anything_is_read(run, world, tmp_path, monkeypatch):
+    name = data.Bags(world / "train").slides[0]
+    (tmp_path / "one.csv").write_text(f"slide,label\n{name},a\n")
+    monkeypatch.setattr(evaluate, "embed", lambda *_: pytest.fail("read for nothing"))
+    argv = [run, "--data", world / "train", "--labels", tmp_path / "one.csv", "--out", tmp_path]
+    with pytest.raises(ValueError, match="1 labelled slides of 1 classes, 1 patients: .* two of"):
+        command(monkeypatch, *argv)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_features_of_slides_made_elsewhere(run, world, tmp_path, monkeypatch, capsys):
+    """Ours come back with the same numbers; those of others are a file a slide."""
+    monkeypatch.setattr(mil, "fit_mil", partial(mil.fit_mil, epochs=1))
+    names = sorted(set(data.Bags(world / "train").slides))
+    rows = [f"{name},{'ab'[i % 2]},p{i}\n" for i, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(rows))
+    argv = ["--labels", tmp_path / "labels.csv", "--folds", 3, "--out"]
+    command(monkeypatch, run, "--data", world / "train", *argv, tmp_path / "own")
+    command(monkeypatch, "--features", tmp_path / "own/features", *argv, tmp_path / "again")
+    own, again = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("own", "again"))
+    for name in ("mil", "slide_probe"):
+        assert own[name]["train"] == again[name]["features"] and "5x" in own[name]["train"]
+
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    x = torch.arange(40.0).reshape(10, 4)
+    for i, name in enumerate(names):
+        y = x[i:] * (1 - 2 * (i % 2))
+        if i % 3 == 0:
+            np.savez(folder / f"{name[:-4]}.npz", features=y.numpy().astype(np.float16))
+        elif i % 3 == 1:
+            torch.save(y, folder / f"{name[:-4]}.pt")
+        else:
+            np.save(folder / f"{name}.npy", y.numpy())
+    command(monkeypatch, "--features", folder, *argv, tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["mil"]["theirs"]["whole"]["n"] == len(names)
+    assert found["slide_probe"]["theirs"]["whole"]["accuracy"] == 1
+    assert found["about"]["mil"]["model"] == "theirs"
+    np.save(folder / f"{names[0]}.npy", x[:, :2])
+    with pytest.raises(ValueError, match="are of one slide: keep one"):
+        command(monkeypatch, "--features", folder, *argv, tmp_path / "out")
+    (folder / f"{names[0][:-4]}.npz").unlink()
+    with pytest.raises(ValueError, match="4 numbers a patch, those before it 2: give features of"):
+        command(monkeypatch, "--features", folder, *argv, tmp_path / "out")
+
+
 def test_labels_of_slides_from_a_table(run, world, tmp_path, monkeypatch, capsys):
     """Shards as a lab has just tiled them, with a table of slides and patients."""
     monkeypatch.setattr(mil, "fit_mil", partial(mil.fit_mil, epochs=1))
@@ -309,6 +401,8 @@ def test_bad_input_is_one_sentence(run, world, tmp_path, monkeypatch):
     classes = run / "classes.json"
     (tmp_path / "other.csv").write_text("slide,label\nother,fat\n")
     (tmp_path / "empty.csv").write_text("slide,class\nother,fat\n")
+    for name in ("a.svs", "a.tif"):
+        (tmp_path / name).touch()
     shards = (run, "--data", world / "train", "--labels")
     wrong = {
         (run,): "give slide files, or --data",
@@ -317,11 +411,20 @@ def test_bad_input_is_one_sentence(run, world, tmp_path, monkeypatch):
         (run, "--data", world): "with --labels CSV",
         (run, path, "--text", "fat", "--fov-px", "3"): "--fov-px needs 16",
         (run, path, "--classes", tmp_path / "none.json"): "none.json is neither a JSON file",
-        ("random", path, "--text", "fat"): "random reads no text",
+        ("random", path, "--text", "fat"): "random: a ViT reads no text",
         (run, tmp_path / "none.svs", "--text", "fat"): "none.svs is no slide",
         (*shards, tmp_path / "other.csv"): "--labels names none of the slides",
         (*shards, tmp_path / "empty.csv"): "empty.csv has no column label",
         (*shards, tmp_path / "other.csv", "--text", "fat"): "not in shards",
+        (run, "--features", tmp_path, "--labels", classes): "--features needs no model",
+        (
+            "--features",
+            tmp_path / "none",
+            "--labels",
+            tmp_path / "other.csv",
+        ): "none does not exist",
+        ("--features", tmp_path): "--features DIR with --labels CSV",
+        (run, tmp_path / "a.svs", tmp_path / "a.tif", "--text", "fat"): "share a name: rename one",
     }
     for argv, message in wrong.items():
         with pytest.raises(ValueError, match=message) as said:
