@@ -451,7 +451,7 @@ def read_config(file, side):
     if f"{side}_config" in said:
         said.setdefault("hidden_act", "quick_gelu")
     elif f"{side}_cfg" in said:
-        said.setdefault("quick_gelu", False)
+        said["quick_gelu"] = said.get("quick_gelu", False) and "timm_model_name" not in said
     return said
 
 

@@ -90,15 +90,17 @@ def open_clip_config(model, clip):
     width, depth, heads = vision.width, len(vision.blocks), vision.blocks[0].attn.heads
     quick, same = text.blocks[0].mlp.quick, vision.blocks[0].mlp.quick
     image = {"image_size": vision.size}
+    if same != (clip and quick):
+        raise ValueError(
+            "open_clip has one GELU for both towers, timm's ViT the exact one: it stays"
+        )
     if clip:
         image |= {"patch_size": vision.patch, "width": width, "layers": depth}
         image |= {"head_width": width // heads}
-        if quick != same:
-            raise ValueError("open_clip has one GELU for both towers: take a --size that has so")
     else:
         # open_clip builds a timm ViT by its name.
         name = f"{SIZES.get((width, depth, heads))}_patch{vision.patch}_{vision.size}"
-        if name not in TIMM.split() or same:
+        if name not in TIMM.split():
             shape = f"{depth} x {width} in {heads} heads, patches of {vision.patch}"
             raise ValueError(f"timm has no ViT of {shape}, images of {vision.size} px: it stays")
         image |= {"timm_model_name": f"vit_{name}", "timm_model_pretrained": False}

@@ -102,8 +102,7 @@ def choose(state, file, side, width, quick=None):
     told = {"heads": heads or (16 if width in (1280, 1408, 1664) else width // 64)}
     told["depth"] = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     act = said.get("hidden_act") or said.get("act_layer")
-    usual = said.get("quick_gelu", act == "quick_gelu") and "timm_model_name" not in said
-    told["quick"] = usual if quick is None else quick
+    told["quick"] = said.get("quick_gelu", act == "quick_gelu") if quick is None else quick
     if "layer_norm_eps" in said:
         told["eps"] = said["layer_norm_eps"]
     pixels = [said.get(f"image_{name}") or said.get(name) for name in ("mean", "std")]

@@ -116,7 +116,9 @@ def test_heads_and_pixels_of_a_vit_are_those_of_its_config(tmp_path):
     mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
     expected = reference_vit(timm_state(48), (images - mean) / std, 3, 1e-6)
     timm = {"architecture": "vit_x", "model_args": {"num_heads": 3}, "pretrained_cfg": about}
-    for name, config in (("config", timm), ("vit", about | {"layer_norm_eps": 1e-6})):
+    pixels = {name: about[name] for name in ("mean", "std")}
+    clip = {"vision_cfg": {"head_width": 16}, "preprocess_cfg": pixels, "layer_norm_eps": 1e-6}
+    for name, config in (("config", timm), ("vit", about), ("open_clip_config", clip)):
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
         vit = peers.load_vit(timm_state(48), file=path).eval()
         assert torch.allclose(vit(images), expected, atol=1e-5)
