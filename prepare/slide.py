@@ -9,7 +9,7 @@ import html
 import logging
 import os
 import re
-from collections import Counter
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -319,9 +319,13 @@ class Slide:
         unread = [source for x, _, source in self.source.scales if not x]
         objective = self.source.objective
         if not scales:
-            hint = f"its objective suggests {10 / objective:g}" if objective > 0 else "0.25 is 40x"
+            hint = "0.25 is 40x, 0.5 is 20x"
+            if objective > 0:
+                hint = f"its objective suggests {10 / objective:g}"
             hint += "".join(f"; it says {source}" for source in unread)
-            raise ValueError(f"{self.path} does not say its microns per pixel: pass --mpp ({hint})")
+            sizes = ", ".join(f"{w} x {h}" for _, (w, h) in self.levels)
+            lack = f"{self.path} ({sizes} pixels) does not say its microns per pixel"
+            raise ValueError(f"{lack}: pass --mpp ({hint})")
         self.mpp, _, self.mpp_source = scales[0]
         said = f"{self.mpp:g} um/px ({self.mpp_source})"
         if not 0.1 <= self.mpp < 2.4:
@@ -421,7 +425,8 @@ def find_slides(paths):
     found = {}
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         # Take a file that is named as it is, and of a folder what a slide's name ends in.
-        files = path.iterdir() if path.is_dir() else [path]
+        # Search folders in it, too: the GDC's client makes one for each slide.
+        files = path.rglob("[!.]*") if path.is_dir() else [path]
         slides = [f for f in files if f == path or f.suffix.lower() in SUFFIXES]
         if not slides or not path.exists():
             raise ValueError(f"{path} is no slide or folder of slides: check the path")
@@ -440,25 +445,36 @@ def bare(name):
     return Path(name).stem if Path(name).suffix.lower() in known else name
 
 
+def read_column(path, names, pattern, parse):
+    """Read a CSV of slide,value lines -> {name: value} of the slides that it names.
+
+    pattern: of a value; parse: str -> value, or None where it is none. Lines that name no slide are
+    told: one may be of a slide that is written in another way.
+    """
+    slides = {bare(name): name for name in names}
+    found, strangers = {}, []
+    for i, line in enumerate(Path(path).read_text("utf-8-sig", "replace").splitlines(), 1):
+        cells = re.fullmatch(rf'\s*"?(.+?)"?\s*,\s*"?({pattern})"?\s*', line)
+        name, value = (bare(cells[1]), parse(cells[2])) if cells else ("", None)
+        if name not in slides or value is None:
+            # The first line may be a heading.
+            if line.strip() and (i > 1 or re.search(r"\d", line)):
+                if value is None:
+                    raise ValueError(f"{path}:{i}: expected slide,value, found {line!r}: mend it")
+                strangers.append(cells[1])
+        elif found.setdefault(slides[name], value) != value:
+            raise ValueError(f"{path}:{i}: {cells[1]} has two values: delete one")
+    few = ", ".join([*strangers[:5], *["..."] * (len(strangers) > 5)])
+    if not found:
+        raise ValueError(f"{path} names none of the slides ({few}): give their file names")
+    if strangers:
+        print(f"{path}: {len(strangers)} lines name no slide here: {few}", file=sys.stderr)
+    return found
+
+
 def mpp_table(mpp, names):
     """Read --mpp: None, a number, or a CSV of slide,mpp lines -> {name: mpp or None}."""
     # One number is for all slides; without any they keep what their files say.
     if mpp is None or number(mpp) is not None:
         return dict.fromkeys(names, number(mpp))
-    rows = []
-    for i, line in enumerate(Path(mpp).read_text("utf-8-sig", "replace").splitlines(), 1):
-        found = re.fullmatch(r'\s*"?(.+?)"?\s*,\s*"?([-+\d.,eE]+)"?\s*', line)
-        if found and number(found[2]):
-            rows.append((bare(found[1]), number(found[2])))
-        # The first line may be a heading.
-        elif line.strip() and (i > 1 or re.search(r"\d", line)):
-            raise ValueError(f"{mpp}:{i}: expected slide,mpp, found {line!r}")
-    # A line that names no slide may be of one that is written in another way.
-    slides = {bare(name): name for name in names}
-    often = Counter(name for name, _ in rows)
-    wrong = [name for name in often if often[name] > 1 or name not in slides]
-    if wrong or not rows:
-        few = ", ".join([*wrong[:5], *["..."] * (len(wrong) > 5)])
-        count = f"{len(wrong)} names of {len(rows)} lines are no slides here, or stand there twice"
-        raise ValueError(f"{mpp}: {count} ({few}): correct them")
-    return dict.fromkeys(names) | {slides[name]: value for name, value in rows}
+    return dict.fromkeys(names) | read_column(mpp, names, r"[-+\d.,eE]+", number)

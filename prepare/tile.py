@@ -9,25 +9,27 @@ References: [1] Otsu 1979, thresholds.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 from data import NODES, lock, mpp_of, square, write_whole
-from prepare.slide import Slide, find_slides, mpp_table, slide_key, thumbnail
+from prepare.slide import Slide, find_slides, mpp_table, read_column, slide_key, thumbnail
 
 # ---------------------------------------------------------------- tissue and parents
 
@@ -163,6 +165,10 @@ def write_bags(slide, squares, settings):
 def _tile_slide(job, out, threads, settings):
     """Write shard and index of a slide -> (number of bags, or None if it failed; a remark)."""
     path, mpp = job
+    # A call may do a slide again whose neighbour killed its process.
+    count = _finished(path, mpp, out, settings)
+    if count is not None:
+        return count, ""
     wanted = {name: settings[name] for name in ("fov_px", "parents", "min_tissue", "seed")}
     try:
         with Slide(path, mpp, threads) as slide:
@@ -196,24 +202,46 @@ def _finished(path, mpp, out, settings):
     return None if lost else len(index["bags"])
 
 
+def begin_worker(threads):
+    """Prepare a worker: it must end with its parent, else it would write into the next call's."""
+    torch.set_num_threads(threads)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
+
+
 def run_jobs(work, jobs, workers, threads):
-    """Do the jobs, in processes if there are several workers -> results in the order of jobs."""
+    """Do the jobs, in processes if there are several workers -> results in the order of jobs.
+
+    A job whose process was killed, often for lack of memory, has the result None.
+    """
     if workers < 2 or len(jobs) < 2:
         yield from map(work, jobs)
         return
     # Spawn, because a fork of a process with threads may hang.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (threads,))
-    try:
-        # Workers inherit the ignored Ctrl-C, and finish the slide in hand.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        results = pool.map(work, jobs)
-        signal.signal(signal.SIGINT, handler)
-        yield from results
-    except BrokenExecutor:
-        raise ValueError("a worker was killed, often for lack of memory: use fewer") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    alone = 0
+    while jobs:
+        # After a death do the jobs that were in hand one by one: one of them kills its process.
+        now = jobs[:1] if alone else jobs
+        pool = ProcessPoolExecutor(1 if alone else workers, spawn, begin_worker, (threads,))
+        done = 0
+        try:
+            # Workers inherit the ignored Ctrl-C, and finish the slide in hand.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            results = pool.map(work, now)
+            signal.signal(signal.SIGINT, handler)
+            for result in results:
+                yield result
+                done += 1
+            alone = max(0, alone - 1)
+        except BrokenExecutor:
+            if alone:
+                yield None
+                done = 1
+            alone = alone - 1 if alone else workers
+        finally:
+            pool.shutdown(cancel_futures=True)
+        jobs = jobs[done:]
 
 
 def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
@@ -231,9 +259,11 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
     settings |= dict(min_tissue=min_tissue, seed=seed, quality=quality)
     out = Path(out)
     paths = find_slides(slides)
-    mpps = mpp_table(mpp, [path.name for path in paths])
+    mpps = mpp if isinstance(mpp, dict) else mpp_table(mpp, [path.name for path in paths])
     # Two commands in one folder would do the same slides.
     owned = lock(out)
+    for left in out.glob(".bags-*.tmp"):
+        left.unlink()
 
     # Skip what is done.
     found = {path: _finished(path, mpps[path.name], out, settings) for path in paths}
@@ -243,11 +273,13 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
     # Do the rest. A slide that fails is noted, and tried again by the next call.
     threads = max(1, (os.cpu_count() or 1) // max(1, workers))
     work = functools.partial(_tile_slide, out=out, threads=threads, settings=settings)
-    bar = tqdm(total=len(paths), initial=len(counts), unit="slide", disable=None)
+    bar = data.progress(desc="slides", total=len(paths), initial=len(counts), unit="slide")
     failures = open(out / "failures.jsonl", "w", buffering=1)
     results = contextlib.closing(run_jobs(work, jobs, workers, threads))
     with owned, bar, failures, results as results:
-        for (path, _), (count, remark) in zip(jobs, results, strict=True):
+        for (path, _), result in zip(jobs, results, strict=True):
+            # Memory is the usual reason.
+            count, remark = result or (None, f"{path} kills its process: use fewer --workers")
             bar.update()
             if remark:
                 bar.write(remark, file=sys.stderr)
@@ -257,6 +289,23 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
                 counts.append(count)
     n = dict(slides=len(paths), done=len(counts), bags=sum(counts))
     return n | dict(empty=counts.count(0), failed=len(paths) - len(counts))
+
+
+def divide(paths, share, patients, out):
+    """Divide slides by patient, the same way each time -> {OUT/train: paths, OUT/test: paths}."""
+    names = [path.name for path in paths]
+    # TCGA-XX-YYYY begins the names of a patient's slides. Others are patients of their own.
+    owner = {name: re.sub(r"^(TCGA-..-....)-.*", r"\1", name) for name in names}
+    if patients:
+        owner |= read_column(patients, names, r"[^,]+", str.strip)
+    # A checksum of the patient decides, so new slides move no old ones.
+    parts = {out / "train": [], out / "test": []}
+    for path in paths:
+        part = "test" if zlib.crc32(owner[path.name].encode()) < share * 2**32 else "train"
+        parts[out / part].append(path)
+    if not all(parts.values()):
+        raise ValueError(f"--test-share {share} leaves train or test empty: choose another share")
+    return parts
 
 
 # ---------------------------------------------------------------- the command line
@@ -275,13 +324,24 @@ def main():
     add("--seed", type=int, default=0, help="which parents are drawn")
     add("--workers", type=int, default=1, help="processes, a slide each")
     add("--quality", type=int, default=90, help="quality of the JPEGs")
-    args = parser.parse_args()
-    n = tile(**vars(args))
-    print(f"{n['bags']} bags from {n['done'] - n['empty']} of {n['slides']} slides in {args.out}")
-    if n["failed"]:
-        failed = f"{n['failed']} of {n['slides']} slides cannot be used"
-        sys.exit(f"error: {failed}, see {args.out}/failures.jsonl")
-    if not n["bags"]:
+    add("--test-share", type=float, default=0, help="share of the patients for OUT/test")
+    add("--patients", help="a CSV of slide,patient lines; TCGA's names say theirs")
+    args = vars(parser.parse_args())
+    share, patients, out = args.pop("test_share"), args.pop("patients"), Path(args["out"])
+    parts = {out: args["slides"]}
+    if share:
+        paths = find_slides(args["slides"])
+        args["mpp"] = mpp_table(args["mpp"], [path.name for path in paths])
+        parts = divide(paths, share, patients, out)
+    total = Counter()
+    for out, slides in parts.items():
+        n = tile(**args | dict(slides=slides, out=out))
+        print(f"{n['bags']} bags from {n['done'] - n['empty']} of {n['slides']} slides in {out}")
+        total.update(n)
+    if total["failed"]:
+        failed = f"{total['failed']} of {total['slides']} slides cannot be used"
+        sys.exit(f"error: {failed}, see failures.jsonl in {args['out']}")
+    if not total["bags"]:
         sys.exit("error: no slide has a square with enough tissue: lower --min-tissue or --fov-px")
 
 

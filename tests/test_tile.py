@@ -10,18 +10,20 @@ import tarfile
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+import written
 from conftest import Script, script
 from PIL import Image
 from written import SMALL, picture, slides_in, write
 
 import data
 from prepare.slide import Slide, find_slides, mpp_table
-from prepare.tile import choose_parents, tile, tissue_fraction, tissue_mask
+from prepare.tile import choose_parents, divide, run_jobs, tile, tissue_fraction, tissue_mask
 
 
 def cli(*args, **more):
@@ -331,7 +333,41 @@ def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
     assert not list(out.glob(".*.tmp"))
 
 
-def test_mpp_tables(tmp_path):
+def test_a_job_that_kills_its_process_costs_one_job():
+    jobs = [1, -2, 3, 4, 5, -6]
+    found = list(run_jobs(written.die_below_zero, jobs, 2, 1))
+    assert found == [1, None, 3, 4, 5, None]
+
+
+def test_slides_are_divided_by_patient_the_same_way_each_time(tmp_path):
+    slides = slides_in(tmp_path / "in", 8)
+    deep = slides / "0a1b" / "logs"
+    deep.mkdir(parents=True)
+    # As the client of the GDC lays them: a folder a slide.
+    (slides / "s7.svs").rename(slides / "0a1b" / "s7.svs")
+    (slides / "0a1b" / "._s7.svs").write_bytes(b"of macOS")
+    table = tmp_path / "patients.csv"
+    table.write_text("slide,patient\n" + "".join(f"s{i},p{i // 2}\n" for i in range(8)))
+    more = ("--out", tmp_path / "out", "--patch-px", 8, "--fov-px", 32, "--parents", 1)
+    r = cli(slides, *more, "--test-share", 0.4, "--patients", table, check=True)
+    parts = {}
+    for part in ("train", "test"):
+        files = (tmp_path / "out" / part).glob("*.index.json")
+        parts[part] = {int(path.name[6]) for path in files}
+        assert f"{len(parts[part])} bags from {len(parts[part])} of" in r.stdout
+    assert parts["train"] | parts["test"] == set(range(8)) and min(map(len, parts.values())) > 0
+    assert {i // 2 for i in parts["train"]}.isdisjoint({i // 2 for i in parts["test"]})
+    # A patient of TCGA is in the name; others are alone.
+    names = [Path(f"TCGA-A{i % 3}-000{i % 3}-01Z-00-DX{i}.svs") for i in range(9)]
+    for seed in ("", "x"):
+        divided = divide([*names, Path(f"{seed}b.svs")], 0.5, None, Path("o"))
+        sides = [{name.name[:12] for name in slides} for slides in divided.values()]
+        assert not sides[0] & sides[1]
+    with pytest.raises(ValueError, match="choose another share"):
+        divide(names, 1, None, Path("o"))
+
+
+def test_mpp_tables(tmp_path, capsys):
     path = tmp_path / "m.csv"
 
     def table(text, encoding="utf-8"):
@@ -342,11 +378,14 @@ def test_mpp_tables(tmp_path):
     assert table("a.svs,0.3\n") == table('"a.svs",0.3', "utf-8-sig") == want
     assert table("slide,mpp\r\na.svs, 0.3\r\n\r\n") == table("a,3e-1") == table("a,0,3") == want
     assert table('d.e,1\n"b,c.svs",0.5') == {"a.svs": None, "b,c.svs": 0.5, "d.e.svs": 1}
-    lost = "m.csv: 6 names of 7 lines are no slides here, .* .z0, z1, z2, z3, z4, \\.\\.\\..: "
-    twice = "m.csv: 1 names of 2 lines .* twice .a.: "
+    # A line of another slide may be one that is misspelt: it is told.
+    lines = "".join(f"z{i},1\n" for i in range(6))
+    assert table(lines + "a,0.3") == want
+    told = "m.csv: 6 lines name no slide here: z0, z1, z2, z3, z4, ...\n"
+    assert capsys.readouterr().err.endswith(told)
     for text, words in (
-        ("".join(f"z{i},1\n" for i in range(6)) + "a,1", lost), ("a,1\na.svs,2", twice),
-        ("slide,mpp", "m.csv: 0 names of 0"), ("a.svs,0.3\nb,x\n", "m.csv:2: expected slide,mpp"),
+        (lines, "m.csv names none of the slides .z0, z1"), ("a,1\na.svs,2", ":2: a.svs has two"),
+        ("slide,mpp", "names none"), ("a.svs,0.3\nb,x\n", "m.csv:2: expected slide,value"),
         ("slide,mpp\na.svs;0.3", "m.csv:2: expected"), ("a.svs;0.3\nd.e,1", "m.csv:1: expected"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
