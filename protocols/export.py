@@ -91,9 +91,7 @@ def open_clip_config(model, clip):
     quick, same = text.blocks[0].mlp.quick, vision.blocks[0].mlp.quick
     image = {"image_size": vision.size}
     if same != (clip and quick):
-        raise ValueError(
-            "open_clip has one GELU for both towers, timm's ViT the exact one: it stays"
-        )
+        raise ValueError("open_clip has one GELU for both towers, timm's ViT the exact: it stays")
     if clip:
         image |= {"patch_size": vision.patch, "width": width, "layers": depth}
         image |= {"head_width": width // heads}

@@ -6,6 +6,8 @@
 
     python -m protocols.peers FILE --out FILE     # such a file -> a torch file that train.py reads
 
+config.json or open_clip_config.json beside FILE tells GELU, heads and pixels, or write FILE.json.
+
 [1] Radford et al. 2021, CLIP; PLIP and QuiltNet are CLIPs.   [2] Chen et al. 2024, UNI.
 """
 
