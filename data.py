@@ -92,7 +92,7 @@ def run_script(main, stopped="nothing was written"):
     """Run a script's main: a mistake ends in one sentence, Ctrl-C says what is kept."""
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         print(f"\nstopped: {stopped}", file=sys.stderr)
@@ -210,8 +210,9 @@ class Bags(Dataset):
                 raise ValueError("its checksum differs")
             image = torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
         except (RuntimeError, ValueError, OSError) as e:
-            damage = f"{shard}: bag {self.keys[i]} is damaged ({e!r})"
-            raise ValueError(f"{damage}: delete this file, tile its slide again") from None
+            damage = f"{shard}: bag {self.keys[i]} is damaged, or was exchanged just now ({e!r})"
+            remedy = "start again, or delete this file and tile its slide again"
+            raise ValueError(f"{damage}: {remedy}") from None
         about = dict(key=self.keys[i], slide=self.slides[i], index=i)
         return dict(about, image=image, valid=self.valid[i])
 
@@ -555,7 +556,11 @@ def open_features(bags, name):
             raise ValueError(f"{path} is missing: run `python -m prepare.features` on these shards")
         # Count the valid nodes of the shard up to each node of this bag.
         row = bags.valid[first[number] : i + 1].flatten().cumsum(0)[-NODES:] - 1  # [85]
-        there, saved = bags.valid[i][nodes], np.load(path, mmap_mode="r")
+        there = bags.valid[i][nodes]
+        try:
+            saved = np.load(path, mmap_mode="r")
+        except (ValueError, OSError) as e:
+            raise ValueError(f"{path} is damaged ({e}): delete it, run prepare.features") from None
         tokens = torch.zeros(len(nodes), *saved.shape[1:], dtype=torch.float16)  # [N, V, Dv]
         tokens[there] = torch.from_numpy(saved[row[nodes[there]].numpy()])
         return tokens

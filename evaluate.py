@@ -36,7 +36,11 @@ MAG_NAMES = tuple(f"{mag}x" for mag in data.MAGS)
 # ---- A run --------------------------------------------------------------------------------------
 def read_config(run):
     """Read config.json of a run folder -> dict."""
-    return json.loads((Path(run) / "config.json").read_text())
+    path = Path(run) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}): continue the run, which writes it") from None
 
 
 def read_checkpoint(run, device="cpu"):

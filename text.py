@@ -116,7 +116,8 @@ DENIAL = re.compile(
     r"\b(?:no|none|nothing|not(?! only| just)|without|w/o|absence of|absent|negative for|lacks?|nor"
     r"|lack of|lacking|(?:free|void|devoid|clear) (?:of|from)|neither|never|unlike|rather than"
     r"|fail(?:s|ed)? to|instead of|compared? (?:this )?(?:with|to)|similar to|mimic(?:s|king)?"
-    r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|r/o|exclud(?:es?|ing)|if)\b"
+    r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|r/o|exclud(?:es?|ing)|if"
+    r"|(?:may|might|could) (?:suggest|indicate))\b"
 )
 # A trigger that denies what stands before it: "mitoses are not identified", "metastasis absent".
 DENIED = re.compile(
@@ -281,18 +282,39 @@ def keyword_owners(captions, bag):
     return owners
 
 
+# Columns in which tables name a picture, and its caption.
+FILE = ("file", "filename", "image", "image name", "image_name", "image_path", "path")
+CAPTION = ("caption", "text")
+
+
 def read_lines(path):
-    """Yield (line number, record) of a file of JSON lines. ValueError names a broken line."""
+    """Yield (number, record) of JSON lines or of one JSON array. ValueError names a broken line."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        array = file.read(99).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+        file.seek(0)
+        for number, line in enumerate([file.read()] if array else file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 hint = "correct or delete this line"
                 raise ValueError(f"{path}:{number}: not JSON ({e}): {hint}") from None
-            yield number, record
+            yield from enumerate(record, 1) if array else [(number, record)]
+
+
+def read_captions(path):
+    """Yield the lines {"key", "node", "caption", ...} of a file beside a shard."""
+    slide = path.name.removeprefix("bags-").split(".captions.")[0]
+    form = f'{{"key": "{slide}-...", "node": 0 to 84, "caption": "..."}}'
+    for number, row in read_lines(path):
+        match row:
+            case {"key": str(key), "node": int(node), "caption": str() | None} if (
+                0 <= node < NODES and key.rsplit("-", 1)[0] == slide
+            ):
+                yield row
+            case _:
+                raise ValueError(f"{path}:{number}: expected {form}: correct or delete this line")
 
 
 class Captions:
@@ -323,19 +345,9 @@ class Captions:
             yield from self._read(path).items()
 
     def _read(self, path):
-        slide = path.name.removeprefix("bags-").removesuffix(".captions.jsonl")
-        form = f'{{"key": "{slide}-...", "node": 0 to 84, "caption": "..."}}'
         bags = {}
-        for number, row in read_lines(path):
-            match row:
-                case {"key": str(key), "node": int(node), "caption": str() | None as caption} if (
-                    0 <= node < NODES and key.rsplit("-", 1)[0] == slide
-                ):
-                    bags.setdefault(key, [None] * NODES)[node] = caption or None
-                case _:
-                    raise ValueError(
-                        f"{path}:{number}: expected {form}: correct or delete this line"
-                    )
+        for row in read_captions(path):
+            bags.setdefault(row["key"], [None] * NODES)[row["node"]] = row["caption"] or None
         return bags
 
 
@@ -457,7 +469,11 @@ class Tokenizer:
         """Read CLIP's own vocabulary: 49,408 ids, the same as open_clip's. path: the file
         bpe_simple_vocab_16e6.txt.gz, or merges.txt or tokenizer.json of a CLIP on Hugging Face."""
         try:
-            raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
+            raw = (
+                gzip.open(path).read(2**24)
+                if str(path).endswith(".gz")
+                else Path(path).read_bytes()
+            )
             if str(path).endswith(".json"):
                 merges = json.loads(raw)["model"]["merges"]
             else:

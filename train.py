@@ -153,10 +153,12 @@ def parse(argv):
     # Take the help of a flag from the comment behind its field.
     source = {line.split(":")[0].strip(): line for line in inspect.getsource(Config).split("\n")}
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    # Show the values of the preset that is asked for.
+    shown = PRESETS.get(argv[argv.index("--preset") + 1], {}) if "--preset" in argv[:-1] else {}
     for name, f in fields.items():
         flags = {f"--{name}", f"--{name.replace('_', '-')}"}
         kind, reason = boolean if f.type is bool else f.type, source[name].partition("#")[2]
-        help_ = f"{reason} ({f.default})"
+        help_ = f"{reason} ({shown.get(name, f.default)})"
         parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=help_)
     given = parser.parse_args(argv)
     preset = getattr(given, "preset", "synthetic")
@@ -292,7 +294,7 @@ def resume(state, path, objective, optimizer, cfg):
         objective.model.load_state_dict(state["model"])
         objective.heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as e:
+    except (KeyError, RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[-1].strip()
         raise ValueError(f"{path} does not fit these settings ({reason}): use another --out") from e
     for group, (factor, decay) in zip(optimizer.param_groups, wanted, strict=True):
@@ -571,6 +573,9 @@ def main(argv):
             mean = losses.all_mean(sums / used).tolist()
             mean = dict(zip(("loss", *parts, *monitors), mean, strict=True))
             speed = (step - start) / (time.time() - since)
+            # A busy machine may have measured too low a limit.
+            if speed * flops > rate:
+                rate = max(matmul_rate(device) * world, speed * flops)
             row = {"step": step, **mean, "grad": norm.item(), "lr": learning_rate(step - 1, cfg)}
             row |= {"bags_per_s": speed * cfg.bags, "mfu": speed * flops / rate}
             row |= {"skipped": step - start - int(used)}

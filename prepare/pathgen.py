@@ -4,6 +4,7 @@
 
 JSON is PathGen's list [{"wsi_id", "position": [x, y], "caption", "file_id"}, ...], DIR the slides
 of it that you have. Bags are placed around the squares, so that each square is a node of a bag.
+Most nodes have no caption: train with --missing 1, or ask a model for the others.
 
 Reference: [1] PathGen-1.6M, arXiv 2407.00203.
 """
@@ -11,30 +12,42 @@ Reference: [1] PathGen-1.6M, arXiv 2407.00203.
 import json
 import math
 import sys
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import data
-from prepare.slide import Slide, find_slides, mpp_table, slide_key
+import text
+from prepare.slide import Slide, bare, find_slides, mpp_table, slide_key
 from prepare.tile import tissue_fraction, tissue_mask, write_bags
 
 # A described square is so many pixels of the finest level wide.
 SQUARE = 672
 
 
+def one_line(said):
+    """Put a caption on one line, without broken characters."""
+    return " ".join(said.encode("utf-8", "replace").decode().split())
+
+
+def write_lines(path, rows):
+    """Write rows as JSON lines into a file that appears whole."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    data.write_whole(path, "".join(lines))
+
+
 def read_list(path):
     """Read PathGen's list -> {slide without suffix: [(x, y, caption, file_id)]}."""
     try:
         slides = defaultdict(list)
-        for row in json.loads(Path(path).read_bytes()):
+        for _, row in text.read_lines(path):
             x, y = row["position"]
-            square = (int(x), int(y), row["caption"].strip(), row.get("file_id"))
-            slides[row["wsi_id"]].append(square)
+            square = (int(x), int(y), one_line(row["caption"]), row.get("file_id"))
+            slides[bare(row["wsi_id"])].append(square)
         return slides
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as e:
         form = '[{"wsi_id", "position": [x, y], "caption", "file_id"}, ...]'
         raise ValueError(f"{path} is not PathGen's list {form} ({e!r}): fetch it again") from None
 
@@ -79,10 +92,14 @@ def make_shard(path, squares, out, mpp, settings):
     key = slide_key(path)
     index_path = out / f"bags-{key}.index.json"
     captions_path = out / f"bags-{key}.captions.jsonl"
+    # The order of the list says nothing.
+    settings = settings | dict(squares=zlib.crc32(repr(sorted(map(repr, squares))).encode()))
     if index_path.exists():
         if json.loads(index_path.read_bytes())["settings"] != settings:
-            raise ValueError(f"{index_path} was made with other settings: choose another --out")
-        return captions_path.read_bytes().count(b"\n")
+            made = f"{index_path} was made with other settings or another list"
+            raise ValueError(f"{made}: choose another --out")
+        # Others may have been asked for since.
+        return captions_path.read_bytes().count(b'"source": "pathgen"')
     with Slide(path, mpp) as slide:
         bags, rows = place_bags(slide.size, slide.mpp, squares, settings["fov_px"])
         if not bags:
@@ -95,14 +112,11 @@ def make_shard(path, squares, out, mpp, settings):
         index, shard = write_bags(slide, squares, settings)
     data.write_whole(out / f"bags-{key}.tar", shard)
     # A line tells a node of a bag.
-    lines = []
-    for (number, _), row in sorted(rows.items()):
-        row = dict(key=f"{key}-{number:02d}", **row, source="pathgen")
-        lines.append(json.dumps(row, ensure_ascii=False))
-    data.write_whole(captions_path, "\n".join([*lines, ""]))
+    told = [(f"{key}-{number:02d}", rows[number, node]) for number, node in sorted(rows)]
+    write_lines(captions_path, [dict(key=key, **row, source="pathgen") for key, row in told])
     # The index comes last: a slide that has one is done.
     data.write_whole(index_path, json.dumps(index))
-    return len(lines)
+    return len(rows)
 
 
 def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
@@ -111,21 +125,22 @@ def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
     With 672 pixels at 5x, a square is exactly a 40x patch of a 0.25 um/px slide.
     """
     wanted = read_list(source)
-    paths = [path for path in find_slides(slides) if path.stem in wanted]
+    paths = [path for path in find_slides(slides) if bare(path.name) in wanted]
     if not paths:
         raise ValueError(f"{slides} holds none of the {len(wanted)} slides of {source}: fetch some")
     mpps = mpp_table(mpp, [path.name for path in paths])
     settings = dict(fov_px=fov_px, patch_px=patch_px, quality=90, source="pathgen")
     captions = []
     squares = 0
-    for path in data.progress(paths, "slides", unit="slide"):
+    bar = data.progress(paths, "slides", unit="slide")
+    for path in bar:
+        its = wanted[bare(path.name)]
         try:
-            place = (path, wanted[path.stem], Path(out), mpps[path.name])
-            captions.append(make_shard(*place, settings))
-            squares += len(wanted[path.stem])
+            captions.append(make_shard(path, its, Path(out), mpps[path.name], settings))
+            squares += len(its)
         except ValueError as e:
             # One bad slide must not stop the others.
-            tqdm.write(str(e), file=sys.stderr)
+            bar.write(str(e), file=sys.stderr)
     print(f"{sum(captions)} captions of {squares} squares on {len(captions)} slides")
     if len(wanted) > len(paths):
         print(f"{len(wanted) - len(paths)} slides of the list are not there")

@@ -26,7 +26,8 @@ from prepare import captions, pathgen
 from prepare.slide import Slide
 from prepare.tile import tile
 
-NEVER = dict(captions=0, failed=0, elsewhere=0)
+SMALL = """--bags 2 --steps 2 --log_every 1 --workers 0 --eval_every 0 --device cpu
+--init none""".split()
 
 
 def write_slide(path, side, mpp, seed=0):
@@ -51,7 +52,7 @@ def shards(tmp_path_factory):
 @pytest.fixture
 def fresh(shards, monkeypatch):
     """No captions yet, and short pauses."""
-    for path in shards.glob("*.captions.*"):
+    for path in [*shards.glob("*.captions.*"), *shards.glob("*.failures.*")]:
         path.unlink()
     monkeypatch.setattr(captions, "PAUSES", (0.02, 0.05, 0.05))
     return shards
@@ -164,9 +165,9 @@ def total(shards):
     return int(data.Bags(shards).valid.sum())
 
 
-def rows(shards, suffix="jsonl"):
+def rows(shards, suffix="jsonl", kind="captions"):
     lines = []
-    for path in sorted(shards.glob(f"*.captions.{suffix}")):
+    for path in sorted(shards.glob(f"*.{kind}.{suffix}")):
         lines += [line for line in path.read_text().split("\n") if line.endswith("}")]
     return [json.loads(line) for line in lines]
 
@@ -190,18 +191,76 @@ def test_every_patch_is_captioned_through_all_troubles(fresh, serve, capsys):
     moods = {0: ["busy"] * 3, 3: ["broken"], 9: ["garbage", "busy"], 17: ["empty"]}
     moods |= {18: ["sorry"], 40: ["no"], 41: ["odd"]}
     model = serve(fresh, moods)
-    assert ask(fresh, model.url) == dict(captions=total(fresh) - 3, failed=3, elsewhere=0)
+    done = dict(captions=total(fresh) - 3, failed=3, elsewhere=0)
+    assert ask(fresh, model.url).items() > done.items()
     told = capsys.readouterr().err
     for reason in ("1 x empty", "1 x refused: I'm sorry", "1 x 400 bad picture"):
         assert reason in told
-    assert ask(fresh, model.url + "/chat/completions/") == dict(NEVER, captions=3)
+    again = ask(fresh, model.url + "/chat/completions/")
+    assert again == dict(captions=3, failed=0, elsewhere=0, total=total(fresh))
     check_complete(fresh, model)
     # Nobody was asked again after an answer.
     assert set(model.answered.values()) == {1}
     assert model.asked.total() == total(fresh) + sum(map(len, moods.values()))
     before = [path.read_bytes() for path in sorted(fresh.glob("*.captions.jsonl"))]
-    assert ask(fresh, model.url) == NEVER
+    assert ask(fresh, model.url) == dict(again, captions=0)
     assert before == [path.read_bytes() for path in sorted(fresh.glob("*.captions.jsonl"))]
+
+
+def test_what_a_model_refuses_for_ever_does_not_block_the_road(fresh, serve, tmp_path):
+    model = serve(fresh, {40: ["sorry"] * 99})
+    command = ["prepare.captions", "ask", fresh, "--endpoint", model.url, "--model", "m"]
+    done = script(*command)
+    count = int(data.Bags(fresh).valid[:, 40].sum())
+    assert done.returncode == 0, done.stderr
+    allowed = (
+        f"{count} of {total(fresh)} patches in {fresh} have no caption: `train.py --missing 0.01`"
+    )
+    assert allowed in done.stdout
+    refused = rows(fresh, kind="failures")
+    assert [row["node"] for row in refused] == [40] * count
+    assert {row["reason"] for row in refused} == {"refused: I'm sorry, but I cannot help."}
+
+    # A file fills the gaps and changes nothing.
+    before = {(row["key"], row["node"]): row for row in rows(fresh)}
+    (tmp_path / "x.jsonl").write_text(
+        '{"key": "a-00", "caption": "fat"}\n{"key": "z", "caption": "x"}'
+    )
+    read = script("prepare.captions", "read", tmp_path / "x.jsonl", "--shards", fresh)
+    assert read.returncode == 0, read.stderr
+    assert f"1 captions filled in; {len(before)} were there" not in read.stdout
+    assert "1 records of 1 names fit no bag, as z" in read.stderr
+    assert (
+        f"{count - 1} of {total(fresh)} patches in {fresh} have no caption: `train" in read.stdout
+    )
+    after = {(row["key"], row["node"]): row for row in rows(fresh)}
+    assert before.items() < after.items()
+    assert after["a-00", 40] == dict(key="a-00", node=40, caption="fat", source="bag")
+
+    # The model is asked for the others alone; of more than one in a hundred it is told.
+    model.moods[40] = []
+    again = script(*command)
+    assert again.returncode == 0 and f"{count - 1} new captions" in again.stdout
+    assert not list(fresh.glob("*.failures.jsonl"))
+    forget(fresh)
+    model.moods[0] = ["sorry"] * 99
+    many = script(*command, "--levels", "5")
+    assert many.returncode == 1 and "failures.jsonl: repeat the command" in many.stderr
+
+
+def test_refusals_in_a_row_do_not_stop_the_others(fresh, serve, monkeypatch):
+    monkeypatch.setattr(captions, "MOST_FAILURES", 3)
+    model = serve(fresh, {node: ["sorry", "empty"] for node in range(80)})
+    assert ask(fresh, model.url, concurrency=1)["captions"] > 0
+    model.look = lambda path, question: ANSWERS["no"]
+    with pytest.raises(ValueError, match="3 questions in a row failed"):
+        ask(fresh, model.url, concurrency=1)
+
+
+def test_captions_of_some_magnifications_say_what_training_needs(fresh, serve):
+    command = ["prepare.captions", "ask", fresh, "--endpoint", serve(fresh).url, "--model", "m"]
+    done = script(*command, "--levels", "5,10")
+    assert done.returncode == 0 and "have no caption: `train.py --missing 0.9" in done.stdout
 
 
 def test_a_server_that_dies_and_comes_back(fresh, serve):
@@ -286,25 +345,141 @@ def test_what_is_wrong_with_a_server_is_said_in_one_sentence(fresh, serve, monke
         assert bad.returncode == 1 and "error: --levels takes some of" in bad.stderr
 
 
-def test_a_key_is_sent_and_never_written(fresh, serve, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+@pytest.mark.parametrize(
+    "key,login",
+    [("sk-SECRET\n\r\n", ""), ("", "me:pa%24SECRET@"), ("sk-SECRET", "SECRET@")],
+)
+def test_a_key_is_sent_and_never_shown(key, login, fresh, serve, monkeypatch):
+    """Not even if the server says it: of the headers, in an error or instead of a caption."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
     model = serve(fresh)
     sent = []
     handler = model.server.RequestHandlerClass
-    plain = handler.do_POST
+
+    def echo(self):
+        sent.append(self.headers["Authorization"])
+        # Where what is shown ends, there is a key.
+        start = "I cannot say \x1b[3m".ljust(183, ".")
+        content = f"{start} {key.strip() or 'pa$SECRET'} {self.headers}"
+        message = {"message": {"content": content}, "finish_reason": "content_filter"}
+        said = content if status > 200 else json.dumps({"choices": [message]})
+        self.reply(status, said.encode())
+
+    handler.do_POST = echo
+    endpoint = model.url.replace("://", f"://{login}")
+    command = ["prepare.captions", "ask", fresh, "--endpoint", endpoint, "--model", "m"]
+    hidden = base64.b64encode(b"me:pa$SECRET").decode()
+    for status in (200, 400, 401):  # noqa: B007
+        done = script(
+            *command, "--levels", "5", before=lambda: os.environ.update(OPENAI_API_KEY=key)
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "***" in done.stderr
+        for said in (done.stdout, done.stderr, *(p.read_text() for p in fresh.glob("*.jsonl"))):
+            assert "SECR" not in said and hidden not in said and "\x1b" not in said
+    assert set(sent) == {"Bearer sk-SECRET" if key else f"Basic {hidden}"}
+
+
+def test_a_key_that_is_none_is_not_quoted(fresh, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nSECRET")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY has a sign") as e:
+        ask(fresh, "http://127.0.0.1:9/v1")
+    assert "SECRET" not in str(e.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ValueError, match="is no address") as e:
+        ask(fresh, "me:SECRET@127.0.0.1")
+    assert "SECRET" not in str(e.value)
+
+
+def test_a_key_does_not_follow_to_another_host(fresh, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET")
+    model, other = serve(fresh), serve(fresh)
+    sent = []
+
+    def lead(self):
+        self.send_response(302)
+        self.send_header("Location", other.url)
+        self.end_headers()
 
     def note(self):
         sent.append(self.headers["Authorization"])
-        plain(self)
+        self.reply(200, b"{}")
 
-    handler.do_POST = note
+    model.server.RequestHandlerClass.do_GET = lead
+    model.server.RequestHandlerClass.do_POST = lead
+    other.server.RequestHandlerClass.do_GET = note
     ask(fresh, model.url, mags=[5])
-    assert set(sent) == {"Bearer sk-secret"}
-    for path in fresh.iterdir():
-        assert b"sk-secret" not in path.read_bytes()
+    assert sent and set(sent) == {None}
+
+
+def test_a_server_that_does_not_end_is_left(fresh, serve, monkeypatch):
+    monkeypatch.setattr(captions, "TIMEOUT", 0.5)
+    monkeypatch.setattr(captions, "PAUSES", ())
+    model = serve(fresh)
+    handler = model.server.RequestHandlerClass
+    sent = 0
+
+    def send(self, piece, pause, status=200):
+        nonlocal sent
+        self.send_response(status)
+        self.end_headers()
+        sent = 0
+        while sent < 2**26:
+            self.wfile.write(piece)
+            self.wfile.flush()
+            sent += len(piece)
+            time.sleep(pause)
+
+    def start():
+        server = captions.Server(model.url, "m")
+        server.check()
+        return server.ask(b"")
+
+    # A byte now and then, in an answer or in an error; gigabytes; the same in the list of models.
+    for status in (200, 500):
+        handler.do_POST = lambda self, status=status: send(self, b" ", 0.1, status)
+        began = time.monotonic()
+        assert start() == (None, "no answer (ValueError('its answer does not end'))")
+        assert time.monotonic() - began < 3
+    monkeypatch.setattr(captions, "TIMEOUT", 60)
+    handler.do_POST = handler.do_GET = lambda self: send(self, bytes(2**16), 0)
+    assert "does not end" in start()[1]
+    assert sent < 2**24
+
+
+@pytest.mark.parametrize(
+    "names,words",
+    [
+        ([7, "\x1b[31mred\n"], r"serves 7, \[31mred, not --model m"),
+        ("[" * 100_000, "fell silent"),
+        ({"a": 1}, "fell silent"),
+    ],
+)
+def test_odd_lists_of_models_are_one_sentence(names, words, fresh, serve):
+    model = serve(fresh)
+    content = names
+    if isinstance(names, list):
+        content = json.dumps({"data": [{"id": name} for name in names]})
+    handler = model.server.RequestHandlerClass
+    handler.do_GET = lambda self: self.reply(200, str(content).encode())
+    model.look = lambda path, question: (404, "fell silent")
+    with pytest.raises(ValueError, match=words) as e:
+        ask(fresh, model.url)
+    assert str(e.value).isprintable()
+
+
+def test_a_broken_letter_costs_nothing(fresh, serve):
+    model = serve(fresh)
+    model.look = lambda path, question: (200, "fat \ud800 and\nnests")
+    assert ask(fresh, model.url, mags=[5])["failed"] == 0
+    assert {row["caption"] for row in rows(fresh)} == {"fat ? and nests"}
 
 
 # ---------------------------------------------------------------- captions made elsewhere
+
+
+def forget(shards):
+    for path in shards.glob("*.captions.*"):
+        path.unlink()
 
 
 def told(shards):
@@ -316,14 +491,14 @@ def test_read_tells_nodes_of_image_bag_and_slide(fresh, tmp_path, capsys):
     source.write_text('{"slide": "c.svs", "caption": "fat"}\n')
     with pytest.raises(ValueError, match="slides.jsonl has no caption for these bags"):
         captions.read(source, fresh)
-    assert "1 records fit no bag, of the names c.svs" in capsys.readouterr().err
+    assert "1 records of 1 names fit no bag, as c.svs" in capsys.readouterr().err
     assert not list(fresh.glob("*.captions.jsonl"))
     source.write_text('{"slide": "a.svs", "title_en": "Fat", "organ_en": "", "note": "a wall."}\n')
     captions.read(source, fresh)
     assert len(told(fresh)) == 4 * 85 and set(told(fresh).values()) == {("Fat. a wall", "slide")}
-    assert "4 bags have no caption, first b-00" in capsys.readouterr().err
 
     # The nearest counts: the image's, the bag's, the slide's.
+    forget(fresh)
     source = tmp_path / "more.csv"
     source.write_text(
         'image,caption,node\na-00_17.png,one node,\nsome/a-00.jpg,"a bag, all\nof it",\n'
@@ -332,13 +507,13 @@ def test_read_tells_nodes_of_image_bag_and_slide(fresh, tmp_path, capsys):
     )
     captions.read(source, fresh)
     said = capsys.readouterr().err
-    assert "3 records fit no bag, of the names a-00, a.b (a node" in said
+    assert "3 records of 2 names fit no bag, as a-00, a.b (a node" in said
     assert "1 second captions of one place are left out" in said
     found = told(fresh)
     assert found["a-01", 3] == ("a slide", "slide")
     special = {17: ("one node", "image"), 20: ("by number", "image")}
     for node in range(85):
-        assert found["a-00", node] == special.get(node, ("a bag, all\nof it", "bag"))
+        assert found["a-00", node] == special.get(node, ("a bag, all of it", "bag"))
 
     # A JSON file for each image, as the authors' release leaves them.
     release = tmp_path / "release"
@@ -346,6 +521,7 @@ def test_read_tells_nodes_of_image_bag_and_slide(fresh, tmp_path, capsys):
     for node in (0, 84):
         row = {"Image": f"/data/a-00_{node}.jpg", "Answer": f"The image {node}.", "model_id": "m"}
         (release / f"{node}.json").write_text(json.dumps(row))
+    forget(fresh)
     captions.read(release, fresh)
     assert told(fresh) == {
         ("a-00", 0): ("The image 0", "image"),
@@ -354,21 +530,33 @@ def test_read_tells_nodes_of_image_bag_and_slide(fresh, tmp_path, capsys):
     assert text.Captions(fresh)["a-00"][84] == "The image 84"
 
 
-def test_read_keeps_what_a_model_said(fresh, serve, tmp_path):
-    ask(fresh, serve(fresh).url, mags=[5])
+def test_file_and_model_fill_what_the_other_left(fresh, serve, tmp_path):
+    model = serve(fresh)
+    ask(fresh, model.url, mags=[5])
     source = tmp_path / "slides.jsonl"
-    source.write_text('{"slide": "a.svs", "caption": "fat"}')
-    with pytest.raises(ValueError, match="holds captions that a model was asked for .*move them"):
-        captions.read(source, fresh)
-    assert all(row["model"] == "m" for row in rows(fresh))
+    source.write_text('{"slide": "a.tif", "caption": "fat"}')
+    assert captions.read(source, fresh) == dict(filled=4 * 84, there=4)
+    assert captions.read(source, fresh) == dict(filled=0, there=4 * 85)
+    assert {row.get("model") for row in rows(fresh) if row["node"] == 0} == {"m"}
+    ask(fresh, model.url)
+    assert {row["caption"] for row in rows(fresh) if row["key"] == "a-00"} == {"a-00 0", "fat"}
+    assert {row.get("model") for row in rows(fresh) if row["key"][0] == "b"} == {"m"}
 
 
-def test_ask_does_not_mix_with_captions_of_a_file(fresh, serve, tmp_path):
-    source = tmp_path / "slides.jsonl"
-    source.write_text('{"slide": "a.svs", "caption": "fat"}')
-    captions.read(source, fresh)
-    with pytest.raises(ValueError, match="holds captions of model None"):
-        ask(fresh, serve(fresh).url)
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("x.json", '\n[{"slide": "a", "caption": "fat"},\n{"key": "b-00", "caption": "fat"}]'),
+        ("x.jsonl", '{"filename": "a.svs", "text": "fat"}\n{"image": "b-00", "Caption": "fat"}'),
+        ("x.csv", "image_path,text\nquilt/a.jpeg,fat\nb-00.png,fat\n"),
+        ("x.csv", "Image Name , Answer\na.mrxs,fat\nb-00,fat\n"),
+    ],
+)
+def test_tables_in_their_usual_forms_are_read(name, content, fresh, tmp_path):
+    (tmp_path / name).write_text(content)
+    captions.read(tmp_path / name, fresh)
+    read = text.Captions(fresh)
+    assert [read[key][3] for key in ("a-00", "a-03", "b-00", "b-01")] == ["fat"] * 3 + [None]
 
 
 @pytest.mark.parametrize(
@@ -398,7 +586,7 @@ def test_odd_but_whole_captions_are_read(fresh, tmp_path):
     # Half an emoji, an odd line end.
     source.write_text('{"slide": "a.svs", "caption": "fat \\ud83d\u2028nests"}')
     captions.read(source, fresh)
-    assert text.Captions(fresh)["a-00"][0] == "fat ?\u2028nests"
+    assert text.Captions(fresh)["a-00"][0] == "fat ? nests"
     # A cell of two lines counts as an editor counts it.
     (tmp_path / "y.csv").write_text('slide,caption,node\na.svs,"two\nlines",\na.svs,fat,x\n')
     with pytest.raises(ValueError, match="y.csv:4: expected"):
@@ -406,6 +594,9 @@ def test_odd_but_whole_captions_are_read(fresh, tmp_path):
     (tmp_path / "x.csv").write_bytes(b"slide,caption\na.svs,\xff\n")
     with pytest.raises(ValueError, match="x.csv is no CSV in UTF-8"):
         captions.read(tmp_path / "x.csv", fresh)
+    (tmp_path / "z.csv").write_text("slide,caption\na.svs,fat, and nests\n")
+    with pytest.raises(ValueError, match="z.csv:2: .*put commas in quotes"):
+        captions.read(tmp_path / "z.csv", fresh)
     with pytest.raises(OSError, match="nowhere"):
         captions.read(tmp_path / "nowhere.jsonl", fresh)
     (tmp_path / "empty").mkdir()
@@ -438,45 +629,79 @@ def test_pathgen_makes_bags_and_captions(tmp_path, capsys):
     (tmp_path / "slides").mkdir()
     write_slide(tmp_path / "slides" / "TCGA-1.A.svs", 6144, 0.25)
     squares = [
-        {"wsi_id": "TCGA-1.A", "position": ["1000", "2000"], "caption": " Nests. ", "file_id": "f"},
-        {"wsi_id": "TCGA-1.A", "position": [1672, 2000], "caption": "Fat."},
+        {"wsi_id": "TCGA-1.A", "position": ["1000", "2000"], "caption": " Nests\nof. "},
+        {"wsi_id": "TCGA-1.A.svs", "position": [1672, 2000], "caption": "Fat."},
         {"wsi_id": "TCGA-2", "position": [0, 0], "caption": "Glands."},
     ]
     source = tmp_path / "list.json"
     source.write_text(json.dumps(squares))
     command = ["prepare.captions", "pathgen", source, "--slides", tmp_path / "slides"]
-    command += ["--out", tmp_path / "bags", "--patch-px", "28"]
+    command += ["--out", tmp_path / "data/train", "--patch-px", "28"]
     done = script(*command)
     assert done.returncode == 0, done.stderr
     assert "2 captions of 2 squares on 1 slides" in done.stdout
     assert "1 slides of the list are not there" in done.stdout
-    bags = data.Bags(tmp_path / "bags")
+    bags = data.Bags(tmp_path / "data/train")
     assert len(bags) == 1 and bags[0]["image"].shape == (3, 224, 224)
-    read = text.Captions(tmp_path / "bags")[bags.keys[0]]
+    read = text.Captions(tmp_path / "data/train")[bags.keys[0]]
     where = {caption: node for node, caption in enumerate(read) if caption}
     about = bags.meta[0]
-    for caption, x in (("Nests.", 1000), ("Fat.", 1672)):
+    for caption, x in (("Nests of.", 1000), ("Fat.", 1672)):
         spot = data.square(where[caption], about["x"], about["y"], about["side"])
         assert spot == (x, 2000, 672)
         assert bags.valid[0, where[caption]]
     # The stored patch is what the slide holds there.
     with Slide(tmp_path / "slides" / "TCGA-1.A.svs") as slide:
         truth = slide.read(1000, 2000, 672, 28)
-    patch = data.pyramid(bags[0]["image"][None])[0, where["Nests."]]
+    patch = data.pyramid(bags[0]["image"][None])[0, where["Nests of."]]
     off = patch.permute(1, 2, 0).numpy() * 255 - truth
     assert np.abs(off).mean() < 4
+    assert "captions: `train.py" not in done.stdout and "have no caption: `train.py" in done.stdout
+    # Lines of objects in another order are the same list; another caption is noticed.
+    source.write_text("\n".join(map(json.dumps, squares[::-1])))
     again = script(*command)
     assert again.returncode == 0 and again.stdout == done.stdout
+    source.write_text(json.dumps([squares[0], squares[1] | {"caption": "Bone."}]))
+    other = script(*command)
+    assert other.returncode == 1 and "or another list" in other.stderr
+    source.write_text(json.dumps(squares))
     changed = script(*command, "--fov-px", "512")
     assert changed.returncode == 1 and "with other settings" in changed.stderr
 
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1]", "{}", '[{"wsi_id": "a"}]', '[{"wsi_id": "a", "position": [1], "caption": "x"}]'],
+    [
+        "{",
+        "[1]",
+        "{}",
+        '[{"wsi_id": "a", "position": [Infinity, 1], "caption": "x"}]',
+        '[{"wsi_id": "a"}]',
+        '[{"wsi_id": "a", "position": [1], "caption": "x"}]',
+    ],
 )
 def test_what_is_not_pathgens_list_is_one_sentence(content, tmp_path):
     (tmp_path / "list.json").write_text(content)
     write_slide(tmp_path / "b.svs", 512, 0.25)
     with pytest.raises(ValueError, match="list.json is not PathGen's list|holds none of the"):
         pathgen.make_bags(tmp_path / "list.json", tmp_path, tmp_path / "out")
+
+
+def test_pathgens_bags_can_be_trained_on(tmp_path):
+    """Two squares of a slide are told, all other nodes are not."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    squares = []
+    for i in range(3):
+        write_slide(slides / f"T-{i}.svs", 6144, 0.25, seed=i)
+        for k, tissue in enumerate(("Nests", "Fat")):
+            caption = f"{tissue} of tumour {i}."
+            squares.append({"wsi_id": f"T-{i}", "position": [900 * k, 900], "caption": caption})
+    (tmp_path / "list.json").write_text(json.dumps(squares))
+    pathgen.make_bags(tmp_path / "list.json", slides, tmp_path / "data/train", patch_px=64)
+    argv = ["train.py", "--data", tmp_path / "data", "--out", tmp_path / "run", *SMALL]
+    refused = script(*argv)
+    assert refused.returncode == 1 and "allow a share by --missing" in refused.stderr
+    script(*argv, "--missing", "1", check=True)
+    losses = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert losses and all(np.isfinite(row["loss"]) for row in losses if "loss" in row)

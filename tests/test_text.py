@@ -111,6 +111,7 @@ def test_keywords(caption, expected):
             ["sheet", "dense fibrous stroma", "fat"],
         ),
         ("Not only glands but also nests.", ["gland", "nest"]),
+        ("Nests, which may suggest a reactive process.", ["nest"]),
         ("Nests rather than glands; her2-negative carcinoma.", ["nest", "her2-negative carcinoma"]),
         (
             "Mitoses aren't seen. Nests of cells, compared with a nest of basal cell carcinoma.",

@@ -180,7 +180,9 @@ def test_a_bag_that_was_damaged_is_named(tmp_path):
     at, n = bags.meta[1]["jpg"]
     shard = bags.shards[0].read_bytes()
     bags.shards[0].write_bytes(shard[: at + n // 2] + bytes(400) + shard[at + n // 2 + 400 :])
-    with pytest.raises(ValueError, match="bags-s0.tar: bag s0-01 is damaged .*: delete this file"):
+    with pytest.raises(
+        ValueError, match="bags-s0.tar: bag s0-01 is damaged.*: start again, or delete this file"
+    ):
         bags[1]
     # Shards of older versions have no checksums.
     index = tmp_path / "out" / "bags-s0.index.json"
@@ -334,9 +336,9 @@ def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
 
 
 def test_a_job_that_kills_its_process_costs_one_job():
-    jobs = [1, -2, 3, 4, 5, -6]
+    jobs = [-1, 2, 3]
     found = list(run_jobs(written.die_below_zero, jobs, 2, 1))
-    assert found == [1, None, 3, 4, 5, None]
+    assert found == [None, 2, 3]
 
 
 def test_slides_are_divided_by_patient_the_same_way_each_time(tmp_path):
