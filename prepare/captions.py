@@ -130,17 +130,14 @@ class Server:
             # Not every server lists its models; the first question will tell.
             return
         except (OSError, http.client.HTTPException) as e:
-            gone = f"no server answers at {self.endpoint} ({self.quote(str(e))})"
-            raise ValueError(f"{gone}: start it") from None
+            reason = self.quote(str(e))
+            raise ValueError(f"no server at {self.endpoint} answers ({reason}): start it") from None
         if names and self.model not in names:
             served = f"{self.endpoint} serves {self.quote(', '.join(names))}"
             raise ValueError(f"{served}, not --model {self.model}: give one of those")
 
     def ask(self, jpeg):
-        """Describe a picture (bytes) -> (caption, ""), or why there is none.
-
-        That is ("", what the model said instead) or (None, what the server failed in).
-        """
+        """Describe a JPEG -> (caption, ""), ("", why the model has none) or (None, a failure)."""
         url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}]
         content.append({"type": "text", "text": self.prompt})
@@ -217,8 +214,7 @@ def questions(bags, number, levels, rows, bar):
 def put(server, asked, rows, part, concurrency, bar):
     """Put questions to the server, add answers to rows and file -> [dict(key, node, reason)]."""
     turn = threading.Lock()
-    failures = []
-    streak = 0
+    failures, streak = [], 0
 
     def work():
         nonlocal streak
@@ -264,9 +260,7 @@ def ask(folder, server, mags=data.MAGS, concurrency=32):
     levels = [data.MAGS.index(mag) for mag in mags]
     bags = data.Bags(folder)
     server.check()
-    captions = 0
-    elsewhere = 0
-    reasons = Counter()
+    captions, elsewhere, reasons = 0, 0, Counter()
     total = int(bags.valid[:, np.isin(data.LEVEL, levels)].sum())
     bar = data.progress(total=total, desc="captions", unit="caption")
     for number, shard in enumerate(bags.shards):
@@ -287,10 +281,11 @@ def ask(folder, server, mags=data.MAGS, concurrency=32):
             if part.exists():
                 keep(shard, rows)
             # List what has no caption; an older list is over.
-            reasons.update(row["reason"] for row in failures)
-            shard.with_suffix(".failures.jsonl").unlink(missing_ok=True)
+            listed = shard.with_suffix(".failures.jsonl")
+            listed.unlink(missing_ok=True)
             if failures:
-                write_lines(shard.with_suffix(".failures.jsonl"), failures)
+                write_lines(listed, failures)
+            reasons.update(row["reason"] for row in failures)
     bar.close()
     for reason, n in reasons.most_common(3):
         print(f"{n} x {reason}", file=sys.stderr)
@@ -334,10 +329,10 @@ def read_source(source):
                 reader = csv.DictReader(file)
                 for row in reader:
                     # A comma without quotes would end the caption.
+                    place = f"{source}:{reader.line_num}"
                     if None in row:
-                        extra = f"{source}:{reader.line_num}: more cells than headings"
-                        raise ValueError(f"{extra}: put commas in quotes")
-                    yield f"{source}:{reader.line_num}", row
+                        raise ValueError(f"{place}: more cells than headings: quote commas")
+                    yield place, row
         except (UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f"{source} is no CSV in UTF-8 ({e}): save it as one") from None
     else:
@@ -400,8 +395,7 @@ def read(source, folder):
     """Give nodes that have no caption that of a source -> dict(filled, there)."""
     bags = data.Bags(folder)
     captions = match_captions(source, bags)
-    filled = 0
-    there = 0
+    filled, there = 0, 0
     for number, shard in enumerate(data.progress(bags.shards, "captions", unit="shard")):
         with data.lock(folder, f".{shard.stem}.lock"):
             rows = answered(shard)

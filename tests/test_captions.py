@@ -270,7 +270,7 @@ def test_a_server_that_dies_and_comes_back(fresh, serve):
         ask(fresh, model.url, concurrency=4)
     first = len(rows(fresh, "*"))
     assert 0 < first < total(fresh)
-    with pytest.raises(ValueError, match="no server answers at"):
+    with pytest.raises(ValueError, match="no server at"):
         ask(fresh, model.url)
     back = serve(fresh)
     ask(fresh, back.url, concurrency=4)
@@ -324,8 +324,8 @@ def test_what_is_wrong_with_a_server_is_said_in_one_sentence(fresh, serve, monke
     for endpoint, name, words in (
         ("localhost:8000", "m", "is no address"),
         ("http://", "m", "is no address"),
-        ("http://127.0.0.1:9/v1", "m", "no server answers"),
-        ("http://127.0.0.1:x/v1", "m", "no server answers"),
+        ("http://127.0.0.1:9/v1", "m", "no server at .* answers"),
+        ("http://127.0.0.1:x/v1", "m", "no server at .* answers"),
         (model.url, "other", "serves m, not --model other"),
     ):
         with pytest.raises(ValueError, match=words) as e:
@@ -595,7 +595,7 @@ def test_odd_but_whole_captions_are_read(fresh, tmp_path):
     with pytest.raises(ValueError, match="x.csv is no CSV in UTF-8"):
         captions.read(tmp_path / "x.csv", fresh)
     (tmp_path / "z.csv").write_text("slide,caption\na.svs,fat, and nests\n")
-    with pytest.raises(ValueError, match="z.csv:2: .*put commas in quotes"):
+    with pytest.raises(ValueError, match="z.csv:2: .*quote commas"):
         captions.read(tmp_path / "z.csv", fresh)
     with pytest.raises(OSError, match="nowhere"):
         captions.read(tmp_path / "nowhere.jsonl", fresh)
