@@ -469,11 +469,9 @@ class Tokenizer:
         """Read CLIP's own vocabulary: 49,408 ids, the same as open_clip's. path: the file
         bpe_simple_vocab_16e6.txt.gz, or merges.txt or tokenizer.json of a CLIP on Hugging Face."""
         try:
-            raw = (
-                gzip.open(path).read(2**24)
-                if str(path).endswith(".gz")
-                else Path(path).read_bytes()
-            )
+            # A file that unpacks to gigabytes is another.
+            unpack = gzip.open if str(path).endswith(".gz") else open
+            raw = unpack(path, "rb").read(2**24)
             if str(path).endswith(".json"):
                 merges = json.loads(raw)["model"]["merges"]
             else:

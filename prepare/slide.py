@@ -45,6 +45,9 @@ def on_white(image):
 def read_image(path):
     """Read a patch file (PNG, JPEG, TIFF) -> PIL image, RGB. ValueError names the file."""
     try:
+        # A pipe or a device would be read for ever.
+        if not Path(path).is_file():
+            raise OSError("it is no file")
         with Image.open(path) as image:
             # Pillow would clip deeper pixels to white.
             if image.mode.startswith(("I", "F")):

@@ -555,7 +555,7 @@ def same_probe(folder, rows):
     return found["whole"] == rows["whole"]
 
 
-def test_features_made_elsewhere_are_measured_without_a_model(run, patches, monkeypatch, capsys):  # noqa: F811
+def test_features_made_elsewhere_are_measured(run, patches, monkeypatch, capsys):  # noqa: F811
     flags = ["--data", patches / "index.csv", "--out"]
     command(monkeypatch, pictures, run, *flags, patches / "own")
     (rows,) = results(patches / "own")["probe"].values()
