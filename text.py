@@ -282,11 +282,6 @@ def keyword_owners(captions, bag):
     return owners
 
 
-# Columns in which tables name a picture, and its caption.
-FILE = ("file", "filename", "image", "image name", "image_name", "image_path", "path")
-CAPTION = ("caption", "text")
-
-
 def read_lines(path):
     """Yield (number, record) of JSON lines or of one JSON array. ValueError names a broken line."""
     with open(path, "rb") as file:

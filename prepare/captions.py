@@ -40,7 +40,7 @@ import data
 import text
 from prepare import pathgen
 from prepare.pathgen import one_line, write_lines
-from prepare.slide import bare
+from prepare.slide import CAPTION, FILE, bare
 
 # The question of [1], figure 2.
 PROMPT = "describe the main features visible in this histopathology image"
@@ -305,8 +305,8 @@ def tell_missing(folder):
 # ---------------------------------------------------------------- captions made elsewhere
 
 # Columns of a caption are joined; the first column of a name that is filled in counts.
-CAPTIONS = (*text.CAPTION, "answer", "title_en", "organ_en", "note")
-NAMES = ("key", "slide", *text.FILE)
+CAPTIONS = (*CAPTION, "answer", "title_en", "organ_en", "note")
+NAMES = ("key", "slide", *FILE)
 
 
 def read_source(source):

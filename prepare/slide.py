@@ -32,6 +32,9 @@ JPEG_2000 = (34712, 33003, 33005)
 YCBCR = re.compile(rb"\xff\xee\0\x0eAdobe|\xff[\xc0-\xc2]..\x08.{4}\x03.[^\x11]", re.DOTALL)
 # Microns of the units that scales are written in.
 MICRONS = {"nm": 0.001, "um": 1, "mm": 1000, "cm": 10000, "in": 25400, "inch": 25400}
+# Columns in which tables name a picture, and its caption.
+FILE = ("file", "filename", "image", "image name", "image_name", "image_path", "path")
+CAPTION = ("caption", "text")
 
 
 def on_white(image):

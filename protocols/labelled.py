@@ -17,6 +17,7 @@ import numpy as np
 
 import data
 import evaluate
+from prepare.slide import CAPTION, FILE
 from protocols import peers
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -166,7 +167,13 @@ def read_csv(path, needed):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            names = [name.strip().lower() for name in reader.fieldnames or ()]
+            # Other tables have other words for these two.
+            for column, words in (("file", FILE), ("caption", CAPTION)):
+                other = [name for name in names if name in words]
+                if other and column not in names:
+                    names[names.index(other[0])] = column
+            reader.fieldnames = names
             lines = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path} is no table in UTF-8 ({e}): save it as CSV") from None

@@ -555,6 +555,15 @@ def same_probe(folder, rows):
     return found["whole"] == rows["whole"]
 
 
+def test_tables_of_other_corpora_are_read(patches, tmp_path):
+    """Quilt-1M says image_path and text, others say Filename."""
+    picture = sorted(patches.rglob("*.png"))[0]
+    for heading in ("image_path,text", "Filename,caption", "file,text"):
+        (tmp_path / "t.csv").write_text(f"{heading}\n{picture},fat\n")
+        found = labelled.read_pictures(tmp_path / "t.csv")
+        assert found.files == [picture] and found.captions == ["fat"]
+
+
 def test_features_made_elsewhere_are_measured(run, patches, monkeypatch, capsys):  # noqa: F811
     flags = ["--data", patches / "index.csv", "--out"]
     command(monkeypatch, pictures, run, *flags, patches / "own")
