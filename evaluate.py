@@ -515,7 +515,7 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     out = Path(run) if folder.resolve() == own.resolve() else Path(run) / folder.resolve().name
     model, tokenizer = load_run(run, device)
 
-    # Embed test bags, and half as many training bags to centre scores on and to learn from.
+    # Look what can be asked before hours are spent on features.
     inside = (folder / "test").is_dir()
     test = data.Bags(folder / "test" if inside else folder)
     train = data.Bags(folder / "train") if inside and (folder / "train").is_dir() else None
@@ -527,6 +527,8 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
         if not captions:
             raise ValueError(f"{lack}, and {test.folder} no captions: give one of the two")
         print(f"{lack}: only retrieval is measured")
+
+    # Embed test bags, and half as many training bags to centre scores on and to learn from.
     features = embed(model, test, index, device)
     reference = embed(model, train, spread(train, most // 2), device) if train else features
 
