@@ -140,7 +140,8 @@ def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
             squares += len(its)
         except ValueError as e:
             # One bad slide must not stop the others.
-            bar.write(str(e), file=sys.stderr)
+            bar.clear()
+            print(e, file=sys.stderr)
     print(f"{sum(captions)} captions of {squares} squares on {len(captions)} slides")
     if len(wanted) > len(paths):
         print(f"{len(wanted) - len(paths)} slides of the list are not there")

@@ -280,9 +280,10 @@ def tile(slides, out, patch_px=224, fov_px=512, parents=20, min_tissue=0.5,
         for (path, _), result in zip(jobs, results, strict=True):
             # Memory is the usual reason.
             count, remark = result or (None, f"{path} kills its process: use fewer --workers")
-            bar.update()
             if remark:
-                bar.write(remark, file=sys.stderr)
+                bar.clear()
+                print(remark, file=sys.stderr)
+            bar.update()
             if count is None:
                 failures.write(json.dumps(dict(slide=path.name, reason=remark)) + "\n")
             else:
