@@ -135,6 +135,7 @@ def main():
         file = io.BytesIO()
         draw_page(slide, args.fov_px, bags).save(file, "PNG")
     data.write_whole(args.out, file.getvalue())
+    print(f"wrote {args.out}: {len(bags)} parents")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def test_the_picture_shows_parents_and_one_bag(tmp_path):
     path = write(tmp_path / "a.svs", picture(1024, 1024, glass=300))
     r = run(path, "--out", tmp_path / "new" / "p.png", "--fov-px", 32)
     assert r.returncode == 0, r.stderr
+    assert r.stdout.startswith("wrote ") and r.stdout.endswith("p.png: 12 parents\n")
     page = np.asarray(Image.open(tmp_path / "new" / "p.png")).astype(int)
     # The slide is on the left, the bag of four panels on the right.
     assert page.shape[1] > 2 * preview.PANEL + 300 and page.shape[0] > 2 * preview.PANEL
@@ -62,7 +63,11 @@ def test_slides_without_parents_and_mistakes(tmp_path):
     r = run(blank, "--out", tmp_path / "p.png", "--fov-px", 32, "--mpp", 0.5)
     assert r.returncode == 0 and "blank.svs: 0.5 um/px (--mpp) contradicts 0.25" in r.stderr
     assert "no square has 0.5 of tissue, the best has 0.00: look" in r.stderr
+    assert r.stdout.endswith("p.png: 0 parents\n")
     assert Image.open(tmp_path / "p.png").width > 100
+    # Without a scale, its sizes help to guess one.
+    r = run(write(tmp_path / "scale.svs", picture(512, 512), downs=(4,), text="Aperio x"))
+    assert r.returncode == 1 and "scale.svs (512 x 512, 128 x 128 pixels) does not" in r.stderr
     (tmp_path / "text.svs").write_text("x")
     cases = ((tmp_path / "text.svs", "text.svs"), (tmp_path / "no.svs", "copy it again"))
     for path, words in cases:
