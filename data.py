@@ -39,66 +39,6 @@ MAGS = (5, 10, 20, 40)
 NODES = 85
 
 
-def write_whole(path, content):
-    """Write bytes, str, or what a function writes into an open file, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Write beside the target, then rename: within one folder a rename is atomic.
-    temp = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temp, "wb") as file:
-            if callable(content):
-                content(file)
-                # A checkpoint must outlive a power cut: content before name.
-                file.flush()
-                os.fsync(file.fileno())
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e:
-        # torch.save says with a RuntimeError of many lines that a disk is full.
-        reason = getattr(e, "strerror", "") or "is the disk full?"
-        raise OSError(f"{path} cannot be written ({reason}): make room there") from e
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def lock(folder, name=".lock", wait=False):
-    """Keep a folder for this process until it ends -> the open lock. ValueError names its owner."""
-    path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Follow no link: the file that it points to would be emptied.
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = file.read() or "another process"
-        raise ValueError(f"{folder} is in use by {owner}: wait for its end") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
-
-
-def progress(*args, **more):
-    """Show tqdm's bar on a terminal; elsewhere, as in the log of a job, a line a minute."""
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-        more |= dict(delay=60, mininterval=60, maxinterval=60, bar_format=line)
-    return tqdm(*args, **more)
-
-
-def run_script(main, stopped="nothing was written"):
-    """Run a script's main: a mistake ends in one sentence, Ctrl-C says what is kept."""
-    try:
-        main()
-    except (ValueError, OSError, MemoryError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print(f"\nstopped: {stopped}", file=sys.stderr)
-        sys.exit(130)
-
-
 # ---------------------------------------------------------------- the 85 nodes
 
 # Place each node on the 2^level x 2^level grid of its level.
@@ -124,7 +64,7 @@ def square(n, x, y, side):
 
 
 def valid_nodes(mags, tissue, min_node=0.1):
-    """Mark nodes of a slide's magnifications with enough tissue, of [..., 85] -> bool [..., 85]."""
+    """Mark nodes that have enough tissue [..., 85] at a magnification of the slide -> bool."""
     return (np.asarray(tissue) >= min_node) & np.isin(MAGS, mags)[LEVEL]
 
 
@@ -146,7 +86,7 @@ class Bags(Dataset):
 
     bags[i] -> dict(key, slide, index, image uint8 [3, 8S, 8S], valid bool [85])
     .keys [n], .slides [n] names, .shards paths, .shard_of [n] numbers into them, .S patch side,
-    .marks checksums of the shards' indexes, each of which changes with the shard,
+    .marks a checksum for each shard, which tells it from one that took its place,
     .valid bool [n, 85] (valid_nodes), .meta [n] rows of the index: x, y, side, mags, tissue, ...
     """
 
@@ -155,8 +95,7 @@ class Bags(Dataset):
         self.keys, self.slides, self.shards, self.marks = [], [], [], []
         shard_of, jpg, crc, valid, sizes = [], [], [], [], set()
         for path in sorted(self.folder.glob("bags-*.index.json")):
-            content = path.read_bytes()
-            index = json.loads(content)
+            index = read_json(path)
             rows = index["bags"]
             if not rows:
                 continue
@@ -173,7 +112,7 @@ class Bags(Dataset):
             crc += [row.get("crc", -1) for row in rows]
             valid.append(valid_nodes(rows[0]["mags"], [row["tissue"] for row in rows], min_node))
             self.shards.append(shard)
-            self.marks.append(zlib.crc32(content))
+            self.marks.append(zlib.crc32(path.read_bytes()))
             sizes.add(index["patch_px"])
         if len(sizes) != 1:
             found = f"patches of {sorted(sizes)} pixels" if sizes else "no bags"
@@ -191,7 +130,7 @@ class Bags(Dataset):
         # Read these rows only where they are asked for: a training run needs none.
         rows = []
         for shard in self.shards:
-            rows += json.loads(shard.with_suffix(".index.json").read_bytes())["bags"]
+            rows += read_json(shard.with_suffix(".index.json"))["bags"]
         return rows
 
     def __len__(self):
@@ -348,21 +287,23 @@ def augment(batch, jitter):
 
 
 class Batches(Dataset):
-    """Build micro-batch i: the rows of this process, B of its G bags.
+    """Build micro-batch i: the rows of this process, B of the G bags of all processes.
 
     pixels         [B, 3, 8S, 8S] uint8   the bags, with stain [B, 2, 3], flips [B], window [B, 3],
                                           of which augment makes the patches
-    patches        [B, N, 3, S, S]        in place of pixels if there is no GPU
+    patches        [B, N, 3, S, S]        what the networks read: made here if there is no GPU, else
+                                          by to_device
     tokens         [B, N, V, Dv] float16  in place of pixels: cached features
     bag            [B]                    number of the bag: its patches are kin
     nodes          [B, N]                 node numbers 0 .. 84
-    valid          [B, N] bool            the node holds tissue, and the slide its magnification
+    valid          [B, N] bool            it holds tissue, and the slide has its magnification
     told           [B, N] bool            it is valid and has a caption, as ITC, ITM, MLM, PLM need
-    weight         [B, N]                 1 / (nodes of that magnification), or 1; 0 if not valid
+    weight         [B, N]                 1 / (nodes of its magnification in a bag of which all are
+                                          valid), or 1; 0 if not valid
     ids            [B, N, T]              caption of each node
     caption_rows   [M]                    nodes that ITM, MLM and PLM read: bag x N + n
-    rand_mask      [M, 3, context + 1]    uniform draws for MLM, rand_prefix [M] for PLM,
-                                          rand_negative [M, 2] for ITM
+    rand_mask      [M, 3, context + 1]    uniform draws for MLM (the last column is spare),
+                                          rand_prefix [M] for PLM, rand_negative [M, 2] for ITM
     keywords       [U, T]                 every distinct keyword; keyword_real [U]: no padding
     bag_keywords   [B, K]                 which of them a bag has; w_valid [B, K]: no padding
     own            [B, N, K] bool         the node's own caption names the keyword
@@ -379,7 +320,8 @@ class Batches(Dataset):
         # Augment here if there is no GPU: the loop computes meanwhile.
         self.augments = cfg.device == "cpu"
         # Keep decoded bags in memory if all fit: a CPU decodes longer than it does all else.
-        self.keep = len(bags) * 3 * (8 * bags.S) ** 2 < 2e9
+        loaders = world * max(1, cfg.workers)
+        self.keep = loaders * len(bags) * 3 * (8 * bags.S) ** 2 < 2e9
 
     def __len__(self):
         return self.cfg.steps * self.cfg.accumulate
@@ -400,7 +342,7 @@ class Batches(Dataset):
             spoken.append([said[n] or "" for n in row])
         told = valid & torch.tensor([list(map(bool, row)) for row in spoken])
         batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid, "told": told}
-        batch |= self.draw_pairs(told, g)
+        batch |= self.draw_caption_rows(told, g)
         free = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
         batch["free"] = free | ~told
         batch["weight"] = valid.float()
@@ -454,27 +396,28 @@ class Batches(Dataset):
         bound = self.cfg.own_captions
         return min(1.0, max(0.0, (done - bound) / 0.1)) if bound else 1.0
 
-    def draw_pairs(self, told, g):
+    def draw_caption_rows(self, told, g):
         """Draw the M nodes that the caption losses read, and the random numbers of these rows."""
         (B, N), M = told.shape, self.M
         level = torch.arange(4).repeat_interleave(self.sizes)  # [N]
         shift = int(torch.randint(0, 4, (), generator=g))
         score = torch.rand(B * self.world, N, generator=g)[self.rank * B : self.rank * B + B]
-        pairs = []
+        rows = []
         for k in range(M):
-            # Magnifications take turns. If no node of one has a caption, take any that has one. In
-            # a bag without captions any node stands in, and the masks drop it.
+            # Magnifications take turns. If no node of one has a caption, take any that has one, and
+            # none twice. In a bag without captions any node stands in, and the masks drop it.
             bag, turn = k * B // M, (k + self.rank * M + shift) % 4
-            best = (score[bag] + told[bag] * (1 + (level == turn))).argmax()
-            pairs.append(bag * N + int(best))
-        out = {"caption_rows": torch.tensor(pairs)}
-        mine, G = slice(self.rank * M, self.rank * M + M), M * self.world
-        mask = torch.rand(G, 3, self.context, generator=g)[mine]
+            best = int((score[bag] + told[bag] * (1 + (level == turn))).argmax())
+            score[bag, best] -= 3
+            rows.append(bag * N + best)
+        out = {"caption_rows": torch.tensor(rows)}
+        mine, total = slice(self.rank * M, self.rank * M + M), M * self.world
+        mask = torch.rand(total, 3, self.context, generator=g)[mine]
         # Keep one column more than any caption: a slice that is the whole tensor would make the
         # compiler fix the length of captions.
         out["rand_mask"] = F.pad(mask, (0, 1))
-        out["rand_prefix"] = torch.rand(G, generator=g)[mine]
-        out["rand_negative"] = torch.rand(G, 2, generator=g)[mine]
+        out["rand_prefix"] = torch.rand(total, generator=g)[mine]
+        out["rand_negative"] = torch.rand(total, 2, generator=g)[mine]
         return out
 
     def textual_bag(self, i):
@@ -489,14 +432,17 @@ class Batches(Dataset):
     def find_keywords(self, index, listed, spoken):
         """Build the keyword tensors of bags `index`; U counts the keywords of bags `listed`."""
         B, N, K = len(index), len(spoken[0]), self.cfg.keywords
-        distinct = sorted({k for i in listed for k in self.textual_bag(i)}) or [""]
-        number = {k: u for u, k in enumerate(distinct)}
+        # Two spellings in one batch are one keyword: they must not be negatives of each other.
+        form = text.same if self.cfg.negatives == "batch" else str
+        spelt = {form(k): k for i in listed for k in self.textual_bag(i)}
+        distinct = sorted(spelt.values()) or [""]
+        number = {form(k): u for u, k in enumerate(distinct)}
         bag_keywords = torch.zeros(B, K, dtype=torch.long)
         w_valid = torch.zeros(B, K, dtype=torch.bool)
         own = torch.zeros(B, N, K, dtype=torch.bool)
         for j, i in enumerate(index):
             bag = self.textual_bag(i)
-            bag_keywords[j, : len(bag)] = torch.tensor([number[k] for k in bag]).long()
+            bag_keywords[j, : len(bag)] = torch.tensor([number[form(k)] for k in bag]).long()
             w_valid[j, : len(bag)] = True
             own[j, :, : len(bag)] = torch.from_numpy(text.keyword_owners(spoken[j], bag))
         # Pad U to a multiple of 64, so that the compiler sees few shapes.
@@ -514,7 +460,9 @@ def count_keywords(bags, captions, missing=0.0):
     """
     path = bags.folder / "keywords.json"
     valid, untold = int(bags.valid.sum()), []
-    stamp = [valid, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]]
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]
+    # Another extractor of keywords counts anew.
+    stamp = [valid, zlib.crc32(Path(text.__file__).read_bytes()), stamp]
 
     def read():
         for i, key in enumerate(progress(bags.keys, "keywords", unit="bag")):
@@ -524,13 +472,13 @@ def count_keywords(bags, captions, missing=0.0):
                 untold.append((len(silent), f"node {silent[0]} of {key}"))
             yield from said
 
-    corpus = json.loads(path.read_text()) if path.exists() else {}
+    corpus = read_json(path) if path.exists() else {}
     if corpus.get("stamp") != stamp:
         corpus = text.count_corpus(read()) | {"stamp": stamp, "valid": valid}
         corpus["untold"] = sum(count for count, _ in untold)
         corpus["first"] = untold[0][1] if untold else ""
-        # Where nothing may be written, count at each start.
-        with contextlib.suppress(OSError):
+        # Where nothing may be written, count at each start. Runs that start together take turns.
+        with contextlib.suppress(OSError), lock(bags.folder, ".keywords.lock", wait=True):
             write_whole(path, json.dumps(corpus, ensure_ascii=False))
     if corpus["untold"] > missing * valid:
         state = f"{bags.folder}: {corpus['first']} has no caption, as {corpus['untold']} of {valid}"
@@ -552,18 +500,17 @@ def open_features(bags, name):
     def read(i, nodes):
         number = bags.shard_of[i]
         path = features_path(bags, number, name)
-        if not path.exists():
-            raise ValueError(f"{path} is missing: run `python -m prepare.features` on these shards")
         # Count the valid nodes of the shard up to each node of this bag.
         row = bags.valid[first[number] : i + 1].flatten().cumsum(0)[-NODES:] - 1  # [85]
         there = bags.valid[i][nodes]
         try:
             saved = np.load(path, mmap_mode="r")
-        except (ValueError, OSError) as e:
-            raise ValueError(f"{path} is damaged ({e}): delete it, run prepare.features") from None
-        tokens = torch.zeros(len(nodes), *saved.shape[1:], dtype=torch.float16)  # [N, V, Dv]
-        tokens[there] = torch.from_numpy(saved[row[nodes[there]].numpy()])
-        return tokens
+            tokens = torch.zeros(len(nodes), *saved.shape[1:], dtype=torch.float16)  # [N, V, Dv]
+            tokens[there] = torch.from_numpy(saved[row[nodes[there]].numpy()])
+            return tokens
+        except (ValueError, IndexError, OSError, EOFError) as e:
+            remedy = "run `python -m prepare.features` on these shards"
+            raise ValueError(f"{path} is missing or damaged ({e}): delete it, {remedy}") from None
 
     return read
 
@@ -585,3 +532,76 @@ def to_device(batch, cfg, device):
         for name, axis in (("ids", 2), ("keywords", 0), ("keywords", 1), ("keyword_real", 0)):
             torch._dynamo.mark_dynamic(batch[name], axis)
     return batch
+
+
+# ---------------------------------------------------------------- files and scripts
+
+
+def write_whole(path, content):
+    """Write bytes, str, or what a function writes into an open file, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Write beside the target, then rename: within one folder a rename is atomic.
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temp, "wb") as file:
+            if callable(content):
+                content(file)
+                # A checkpoint must outlive a power cut: content before name.
+                file.flush()
+                os.fsync(file.fileno())
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(temp, path)
+    except (OSError, RuntimeError) as e:
+        # torch.save says with a RuntimeError of many lines that a disk is full.
+        reason = getattr(e, "strerror", "") or "is the disk full?"
+        raise OSError(f"{path} cannot be written ({reason}): make room there") from e
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """Read JSON that a command of ours wrote. ValueError names the file."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}): delete it, and repeat what wrote it") from None
+
+
+def lock(folder, name=".lock", wait=False):
+    """Keep a folder for this process until it ends -> the open lock. ValueError names its owner."""
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Follow no link: the file that it points to would be emptied.
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = file.read() or "another process"
+        raise ValueError(f"{folder} is in use by {owner}: wait for its end") from None
+    except OSError:
+        pass  # some network file systems have no locks: go without
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def progress(*args, **more):
+    """Show tqdm's bar on a terminal; elsewhere, as in the log of a job, a line a minute."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
+        more |= dict(delay=60, mininterval=60, maxinterval=60, bar_format=line)
+    return tqdm(*args, **more)
+
+
+def run_script(main, stopped="nothing was written"):
+    """Run a script's main: a mistake ends in one sentence, Ctrl-C says what is kept."""
+    try:
+        main()
+    except (ValueError, OSError, MemoryError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print(f"\nstopped: {stopped}", file=sys.stderr)
+        sys.exit(130)

@@ -34,25 +34,17 @@ MAG_NAMES = tuple(f"{mag}x" for mag in data.MAGS)
 
 
 # ---- A run --------------------------------------------------------------------------------------
-def read_config(run):
-    """Read config.json of a run folder -> dict."""
-    path = Path(run) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): continue the run, which writes it") from None
-
-
 def read_checkpoint(run, device="cpu"):
     """Load the newest checkpoint of a run that can be read -> (state, path), or (None, None)."""
     paths = [Path(run) / name for name in ("ckpt.pt", "ckpt_prev.pt")]
     paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
+            state = torch.load(path, map_location=device, weights_only=True)
             # torch writes checksums, but does not look at them.
-            if zipfile.ZipFile(path).testzip():
-                raise ValueError("a checksum is wrong")
-            return torch.load(path, map_location=device, weights_only=True), path
+            if zipfile.ZipFile(path).testzip() or not {"model", "tokenizer", "config"} <= {*state}:
+                raise ValueError("a checksum is wrong, or it is not of train.py")
+            return state, path
         except Exception as e:  # a damaged file raises almost anything
             print(f"{path} cannot be read ({e!r})", file=sys.stderr)
     if paths:
@@ -496,8 +488,9 @@ def glance(model, tokenizer, test, train, device="cpu"):
     for fact, classes in facts.items():
         vectors = class_vectors(model, tokenizer, classes.values(), templates)
         units = zeroshot(features, reference, vectors, labels[fact], times=1)
-        for mag, row in (units["patch"] | {"merged": units["bag"]["merged"]}).items():
-            out[f"{fact}_{mag}"] = row["f1"]
+        for unit, mag in (*product(["patch"], MAG_NAMES), ("bag", "merged")):
+            if mag in units.get(unit, ()):
+                out[f"{fact}_{mag}"] = units[unit][mag]["f1"]
     if not out:
         for mag, row in bag_retrieval(model, tokenizer, test, features).items():
             out[f"retrieval_{mag}"] = row["mean"]
@@ -510,7 +503,7 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     most: test bags that are read; learn: also fit the probe, which takes longer than all else.
     """
     # Load the run. On other data its results lie in a folder of their own.
-    own = Path(read_config(run)["data"])
+    own = Path(data.read_json(Path(run) / "config.json")["data"])
     folder = Path(folder or own)
     out = Path(run) if folder.resolve() == own.resolve() else Path(run) / folder.resolve().name
     model, tokenizer = load_run(run, device)
@@ -547,7 +540,7 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
         found[fact][mode] = zeroshot(features, reference, vectors, labels[fact])
     for fact in facts:
         units = found[fact]["ensemble"]
-        rows = [(unit, units[unit], "f1") for unit in ("patch", "bag", "top 10")]
+        rows = [(unit, units[unit], "f1") for unit in ("patch", "bag", "top 10") if unit in units]
         print_scores(f"{fact} by prompts: weighted F1", rows)
     if facts:
         prompts = {"facts": facts, "templates": templates}

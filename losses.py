@@ -8,8 +8,8 @@
 
 A node is not valid if it is blank glass, or if the slide lacks its magnification. Every loss takes
 a mask of what counts (ITC and CVTA also weights), and is 0 where nothing is valid, never NaN. It
-computes in fp32, also under autocast. Stop-gradients stand at the call. Nothing here reads a value
-back from the device, draws a random number, or loops over the batch.
+computes in fp32, also under autocast. MRTVA's stop-gradient stands at its call; selections carry
+none. Nothing reads a value back from the device, draws a random number, or loops over the batch.
 
 Shape letters are the README's; here also M patches that the caption losses read, U distinct
 keywords of the batch, C candidates of a contrast.
@@ -95,41 +95,42 @@ def itc(v, t, bag, tau, weight, kin=0.1):
 
         L = 1/2 mean_i [ H(q_i, softmax_j v_i t_j / tau) + H(q_i, softmax_j t_i v_j / tau) ]
 
-    v, t    [M, d]  embeddings, L2-normalised
-    bag     [M]     number of each patch's bag
-    weight  [M]     mask or weights
-    kin             target mass that q_i spreads over the patches of its own bag: they show the same
-                    tissue, so it would be false to call them wrong. The rest is on the own caption.
+    v, t    [R, d]  embeddings of R patches and of their captions, L2-normalised
+    bag     [R]     number of each patch's bag
+    weight  [R]     mask or weights
+    kin             target mass that q_i spreads over all patches of its own bag, itself included:
+                    they show the same tissue, so it would be false to call them wrong. 1 - kin more
+                    is on the own caption.
     Candidates are those of all processes. Returns a scalar; chance level ln(valid candidates).
     """
     v, t = full(v), full(t)
     all_v, all_t, all_bag = gather(v), gather(t), gather(bag)  # [C, d], [C, d], [C]
     real = gather(weight.to(v.dtype)) > 0  # [C]
-    # Build the targets: own caption 1 - kin, the bag's patches share the rest.
-    same = ((bag[:, None] == all_bag[None, :]) & real).to(v.dtype)  # [M, C]
+    # Build the targets: the bag's patches share kin, the own caption gets 1 - kin more.
+    same = ((bag[:, None] == all_bag[None, :]) & real).to(v.dtype)  # [R, C]
     q = kin * same / same.sum(1, keepdim=True).clamp(min=1)
-    own = torch.arange(len(v), device=v.device) + rank() * len(v)
-    q = q.scatter_add(1, own[:, None], torch.full_like(q[:, :1], 1 - kin))  # [M, C]
+    column = torch.arange(len(v), device=v.device) + rank() * len(v)
+    q = q.scatter_add(1, column[:, None], torch.full_like(q[:, :1], 1 - kin))  # [R, C]
     rows = 0
     for query, candidates in ((v, all_t), (t, all_v)):
-        logits = (query @ candidates.T / tau).masked_fill(~real, -1e4)  # [M, C]
+        logits = (query @ candidates.T / tau).masked_fill(~real, -1e4)  # [R, C]
         rows = rows - (q * logits.log_softmax(1)).sum(1) / 2
     return weighted_mean(rows, weight)
 
 
 @torch.no_grad()
 @in_fp32
-def hard_negatives(v, t, bag, tau, valid, rand):
+def hard_negatives(v, t, bag, tau, told, rand):
     """Draw a wrong image for each caption and a wrong caption for each image [2].
 
-    v, t [M, d]; bag [M]; valid bool [M]; rand [M, 2] uniform in [0, 1).
+    v, t [M, d]; bag [M]; told bool [M]; rand [M, 2] uniform in [0, 1).
     The similar ones are likelier (softmax), and none comes from the own bag: its patches would be
     false negatives. Returns (image [M], text [M], ok [M]): row numbers among all processes; ok is
-    False if the row is not valid or no other bag is there, and then the row must not count.
+    False if the row has no caption or no other bag is there, and then the row must not count.
     """
-    v, t, valid = full(v), full(t), valid.bool()
-    all_v, all_t, all_bag, all_valid = gather(v), gather(t), gather(bag), gather(valid)
-    other = (bag[:, None] != all_bag[None, :]) & all_valid[None, :]  # [M, C]
+    v, t, told = full(v), full(t), told.bool()
+    all_v, all_t, all_bag, all_told = gather(v), gather(t), gather(bag), gather(told)
+    other = (bag[:, None] != all_bag[None, :]) & all_told[None, :]  # [M, C]
     drawn = []
     for query, candidates, u in ((t, all_v, rand[:, :1]), (v, all_t, rand[:, 1:])):
         p = (query @ candidates.T / tau).masked_fill(~other, -1e4).softmax(1)
@@ -139,20 +140,20 @@ def hard_negatives(v, t, bag, tau, valid, rand):
         cdf = p.cumsum(1)
         below = cdf <= u * (1 - 1e-6) * cdf[:, -1:]
         drawn.append(below.sum(1).clamp(max=len(all_bag) - 1))
-    return drawn[0], drawn[1], other.any(1) & valid
+    return drawn[0], drawn[1], other.any(1) & told
 
 
-def itm(positive, wrong_image, wrong_text, valid):
+def itm(positive, wrong_image, wrong_text, ok):
     """Match images with texts [2]: classify true pairs and hard negatives.
 
         L = mean over pairs of -log softmax(logits)[match],   match = 1 if the pair is true, else 0
 
     Logits [M, 2] of the true pair, of caption + wrong image, of image + wrong caption; column 1
-    means "they match"; valid [M]. Always giving the base rate of one in three costs 0.637.
+    means "they match"; ok [M]. Always giving the base rate of one in three costs 0.637.
     """
     logits = full(torch.cat([positive, wrong_image, wrong_text]))  # [3M, 2]
     labels = (torch.arange(len(logits), device=logits.device) < len(positive)).long()
-    return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), valid.repeat(3))
+    return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), ok.repeat(3))
 
 
 def corrupt(ids, real, mask_id, words, rand, rate=0.15):
@@ -191,16 +192,16 @@ def split_prefix(real, rand):
     return 1 + (rand * n).long().clamp(max=(n - 1).clamp(min=0))
 
 
-def plm(logits, ids, prefix, real, valid):
+def plm(logits, ids, prefix, real, told):
     """Continue captions [3].
 
         L = mean over tokens after the prefix of -log p(token | image, all tokens before it)
 
-    logits [M, T, vocab] under the prefix mask; ids, real [M, T]; prefix, valid [M]. Chance level
+    logits [M, T, vocab] under the prefix mask; ids, real [M, T]; prefix, told [M]. Chance level
     ln(vocab).
     """
     at = torch.arange(1, ids.shape[1], device=ids.device)
-    asked = (at[None, :] >= prefix[:, None]) & real[:, 1:] & valid.bool()[:, None]  # [M, T - 1]
+    asked = (at[None, :] >= prefix[:, None]) & real[:, 1:] & told.bool()[:, None]  # [M, T - 1]
     labels = F.pad(torch.where(asked, ids[:, 1:], -100), (0, 1), value=-100)  # [M, T] next token
     return mlm(logits, labels)
 
@@ -234,7 +235,7 @@ def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, spared=None, near=None
     """Draw each patch to its few keywords, away from the other keywords [1].
 
         L = - mean_a 1/|P(a)| sum_{b in P(a)} [ s_ab - log sum_b' exp s_ab' ]
-        s_ab = cos(v_a, w_b) / tau
+        s_ab = cos(v_a, w_b) / tau; b' runs over P(a) and what is not padding, spared or near
 
     v        [B, N, d]       patches
     w        [B or 1, K, d]  keywords of the bag, or of the whole batch for all bags (B = 1)
@@ -283,7 +284,7 @@ def mrtva(h, g, valid, pairs=None):
         L = mean over magnifications of mean over their pairs (p, c) of
             -1/2 [ cos(h_p, g_c) + cos(h_c, g_p) ]
 
-    h      [B, N, d]  predictions
+    h      [B, N, d]  predictions; d is the output of the heads here
     g      [B, N, d]  projections, already detached by the caller
     valid  [B, N]     nodes that hold tissue
     pairs             list of [E, 2] node numbers (p, c), a tensor per pair of magnifications;
@@ -309,7 +310,7 @@ def mrtva(h, g, valid, pairs=None):
 
 
 class MaskedBatchNorm(nn.Module):
-    """Normalise x [M, D] with the statistics of the valid rows of all processes [4].
+    """Normalise x [R, D] with the statistics of the valid rows of all processes [4].
 
     SimSiam learns little without batch norm. Blank nodes must not drag its mean. It has no running
     averages: the heads serve training only.
@@ -322,9 +323,9 @@ class MaskedBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x, valid):
-        """Normalise x [M, D], valid [M]."""
+        """Normalise x [R, D], valid [R]."""
         x = full(x)
-        w = valid.to(x.dtype).unsqueeze(1)  # [M, 1]
+        w = valid.to(x.dtype).unsqueeze(1)  # [R, 1]
         total = all_sum(torch.cat([(x * w).sum(0), w.sum().view(1)]))  # [D + 1] sum, count
         count = total[-1].clamp(min=1)
         mean = total[:-1] / count
@@ -348,7 +349,7 @@ class Heads(nn.Module):
         self.predict = nn.Linear(out // 4, out)
 
     def forward(self, z, valid):
-        """Map z [M, D], valid [M] to (h predicted, g projected), each [M, out]."""
+        """Map z [R, D], valid [R] to (h predicted, g projected), each [R, out]."""
         for i, (linear, norm) in enumerate(zip(self.project, self.norms, strict=True)):
             z = norm(linear(z), valid)
             z = F.relu(z) if i < 2 else z
@@ -357,23 +358,27 @@ class Heads(nn.Module):
 
 @torch.no_grad()
 @in_fp32
-def monitors(g, valid, index, chosen, own, w_valid):
-    """Measure three numbers that show a failure long before an evaluation does.
-
-    g [B, N, d] projections; valid [B, N]; index, chosen [B, N, k_o]; own [B, N, K]; w_valid [B, K].
-    std     deviation of the normalised projections, times sqrt(d): 1 is healthy, 0 is collapse
-    own     share of the selected keywords that the node's own caption names
-    chance  what `own` would be if nodes selected blindly
-    """
+def deviation(g, valid):
+    """Measure the deviation of the projections g [B, N, d], times sqrt(d) -> 1, or 0: collapse."""
     g = unit(g)
     m = valid.to(g.dtype)[..., None]  # [B, N, 1]
     mean = (g * m).sum((0, 1)) / m.sum().clamp(min=1)
     var = ((g - mean).square() * m).sum((0, 1)) / m.sum().clamp(min=1)  # [d]
-    chosen = (chosen & valid[..., None]).to(g.dtype)  # [B, N, k_o]
+    return var.sqrt().mean() * g.shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def agreement(valid, index, chosen, own, w_valid):
+    """Measure how far a selection agrees with captions -> {"own", "chance"}.
+
+    valid [B, N]; index, chosen [B, N, k_o] of select_keywords; own [B, N, K]; w_valid [B, K].
+    own     share of the selected keywords that the node's own caption names
+    chance  what `own` would be if nodes selected blindly
+    """
+    chosen = (chosen & valid[..., None]).float()  # [B, N, k_o]
     picks = chosen.sum().clamp(min=1)
     share = (own & w_valid[:, None]).sum(2) / w_valid.sum(1).clamp(min=1)[:, None]  # [B, N]
     return {
-        "std": var.sqrt().mean() * g.shape[-1] ** 0.5,
         "own": (own.gather(2, index) * chosen).sum() / picks,
         "chance": (share * chosen.sum(2)).sum() / picks,
     }
@@ -449,13 +454,14 @@ class Objective(nn.Module):
 
         if cfg.cvta or cfg.mrtva:
             # One selection of keywords serves both losses.
-            v = v.view(B, N, -1)
+            v_bags = v.view(B, N, -1)
             all_w = model.encode_text(batch["keywords"])  # [U, d]
             w = take(all_w, batch["bag_keywords"])  # [B, K, d]
             allowed = batch["own"] | batch["free"][..., None]  # [B, N, K]
-            selected = select_keywords(v, w, cfg.k_o, batch["w_valid"], allowed)
+            selected = select_keywords(v_bags, w, cfg.k_o, batch["w_valid"], allowed)
+            seen |= agreement(batch["valid"], *selected, batch["own"], batch["w_valid"])
         if cfg.cvta:
-            out["cvta"] = self.cvta_of(batch, v, w, all_w, selected)
+            out["cvta"] = self.cvta_of(batch, v_bags, w, all_w, selected)
         if cfg.mrtva:
             index, chosen = selected
             column = batch["bag_keywords"].gather(1, index.flatten(1))  # [B, N k_o] into U
@@ -466,20 +472,20 @@ class Objective(nn.Module):
             pairs = tree_edges(N, cfg.children, h.device)
             # Stop the gradient of the target [4].
             out["mrtva"] = mrtva(h, g.detach(), batch["valid"], pairs)
-            seen |= monitors(g, batch["valid"], *selected, batch["own"], batch["w_valid"])
+            seen["std"] = deviation(g, batch["valid"])
         return out, seen
 
     def caption_losses(self, batch, v, t, image_tokens, text_tokens):
         """Compute ITM, MLM and PLM on M patches and their captions."""
         model, cfg, out = self.model, self.cfg, {}
         row = batch["caption_rows"]  # [M] numbers into BN
-        ids, valid = batch["ids"].flatten(0, 1)[row], batch["told"].flatten()[row]
+        ids, told = batch["ids"].flatten(0, 1)[row], batch["told"].flatten()[row]
         real = real_tokens(ids, model.text.end)  # [M, T]
         image, text = take(image_tokens, row), take(text_tokens, row)  # [M, V, D], [M, T, Dt]
         if cfg.itm:
             bag = batch["bag"].repeat_interleave(batch["told"].shape[1])[row]
             tau = (-model.itc_scale).exp()
-            i, j, ok = hard_negatives(v[row], t[row], bag, tau, valid, batch["rand_negative"])
+            i, j, ok = hard_negatives(v[row], t[row], bag, tau, told, batch["rand_negative"])
             # Fuse the true pairs, captions with a wrong image, images with a wrong caption.
             images = torch.cat([image, take(gather(image), i), image])  # [3M, V, D]
             texts = torch.cat([text, text, take(gather(text), j)])  # [3M, T, Dt]
@@ -489,21 +495,22 @@ class Objective(nn.Module):
             end = fused[torch.arange(len(fused), device=fused.device), reals.sum(1) - 1]
             out["itm"] = itm(*model.itm_head(end).chunk(3), ok)
         if cfg.mlm:
-            asked, mask, words = real & valid[:, None], model.text.end + 1, model.text.end - 1
+            asked, mask, words = real & told[:, None], model.text.end + 1, model.text.end - 1
             masked, labels = corrupt(ids, asked, mask, words, batch["rand_mask"])
             fused = model.fuse_with_text(image, model.text(masked)[0], real)
             out["mlm"] = mlm(model.lm_logits(fused), labels)
         if cfg.plm:
             prefix = split_prefix(real, batch["rand_prefix"])
             fused = model.fuse_with_text(image, text, real, prefix)
-            out["plm"] = plm(model.lm_logits(fused), ids, prefix, real, valid)
+            out["plm"] = plm(model.lm_logits(fused), ids, prefix, real, told)
         return out
 
     def cvta_of(self, batch, v, w, all_w, selected):
         """Compute CVTA against the keywords of the own bag, or against all of the batch."""
         cfg, (index, chosen) = self.cfg, selected
         tau = (-self.model.cvta_scale).exp()
-        # A node that is bound to its own caption has no negatives among that caption's keywords.
+        # A node that is bound to its caption has no negatives among those of that caption's
+        # keywords which its bag lists.
         spared = batch["own"] & batch["w_valid"][:, None] & ~batch["free"][..., None]  # [B, N, K]
         shared = dict(k_o=cfg.k_o, tau=tau, v_valid=batch["weight"], near=cfg.near)
         if cfg.negatives == "bag":

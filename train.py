@@ -74,7 +74,7 @@ class Config:
     flips: bool = True  # turn and mirror the bags
     jitter: float = 0.2  # stain augmentation: relative change of haematoxylin and eosin
     zoom: float = 0.0  # enlarge a random square of the bag, of side 1 - zoom at least
-    cache: bool = False  # train on the features that prepare.features computed, without pixels
+    cache: bool = False  # train on features of prepare.features: no pixels, so no augmentation
     workers: int = 1  # loader processes of each process
     # objective: the weight of each loss, where 0 removes it and its cost; then its settings
     itc: float = 1.0  # image-text contrast
@@ -88,7 +88,7 @@ class Config:
     negatives: str = "batch"  # bag | batch: the keywords that CVTA contrasts with
     near: float = 0.95  # cosine above which two keywords are no negatives of each other
     kin: float = 0.1  # target mass of ITC on patches of the own bag
-    balance: bool = True  # give each magnification the same weight, not each node
+    balance: bool = True  # weigh a node by 1 / (nodes of its magnification), not by 1
     # optimiser
     steps: int = 640  # optimiser steps
     lr: float = 3e-3  # peak learning rate (AdamW)
@@ -125,11 +125,10 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
-
-# Settings that say how and where a run computes, not what: they may change when it continues.
-FREE = """preset out data init vision text tokenizer device compile workers log_every save_every
-eval_every change wandb""".split()
+# Settings that may change when a run continues: how and where it computes, and files that its
+# checkpoint replaces. Data may grow.
+MAY_CHANGE = """preset out data init vision text tokenizer device compile workers log_every
+save_every eval_every change wandb""".split()
 
 # Data that make themselves. The second is for --vision random, at the size that UNI reads.
 WORLDS = {
@@ -175,11 +174,13 @@ def parse(argv):
 def check(cfg):
     """Refuse settings that cannot work; return cfg."""
     counts = (cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every)
+    counts += (cfg.save_every,)
     bare = cfg.preset == "paper" and cfg.vision != "random" and not (cfg.vision and cfg.text)
     files = "--vision FILE (MahmoodLab/UNI) and --text FILE (wisdomik/QuiltNet-B-32)"
     for wrong, sentence in (
-        (min(counts) < 1, "--steps, --bags, --accumulate, --k_o, --keywords, --log_every are >= 1"),
-        (not any(getattr(cfg, name) for name in LOSSES), "all weights are 0: nothing is learned"),
+        (min(counts) < 1, "steps, bags, accumulate, k_o, keywords, log_every, save_every are >= 1"),
+        (cfg.seed < 0, "--seed is 0 or more"),
+        (cfg.pairs <= 0, "--pairs is more than 0: patches of a bag that ITM, MLM and PLM read"),
         (cfg.size not in networks.SIZES, f"--size {cfg.size}: it is one of {[*networks.SIZES]}"),
         (cfg.children not in (1, 2, 4), f"--children is 1, 2 or 4, not {cfg.children}"),
         (cfg.negatives not in ("bag", "batch"), f"--negatives is bag or batch: {cfg.negatives}"),
@@ -272,7 +273,9 @@ def learning_rate(step, cfg):
 def save_checkpoint(folder, objective, optimizer, tokenizer, step, cfg):
     """Write ckpt.pt whole or not at all, and keep the one before as ckpt_prev.pt."""
     new, old, fresh = (folder / f"ckpt{x}.pt" for x in ("", "_prev", "_new"))
-    state = {"model": objective.model.state_dict(), "heads": objective.heads.state_dict()}
+    # Heads are what only training needs, also those of a loss of your own.
+    heads = {k: x for k, x in objective.state_dict().items() if not k.startswith("model.")}
+    state = {"model": objective.model.state_dict(), "heads": heads}
     state |= {"optimizer": optimizer.state_dict(), "step": step, "config": vars(cfg)}
     state["tokenizer"] = tokenizer.merges
     data.write_whole(fresh, lambda file: torch.save(state, file))
@@ -284,15 +287,15 @@ def save_checkpoint(folder, objective, optimizer, tokenizer, step, cfg):
 def resume(state, path, objective, optimizer, cfg):
     """Load a checkpoint -> its step; refuse other settings than its own, unless cfg.change."""
     was, now = state["config"], vars(cfg)
-    other = [k for k in now if k not in FREE and was.get(k) != now[k]]
+    other = [k for k in now if k not in MAY_CHANGE and was.get(k) != now[k]]
     if other and not cfg.change:
         said = ", ".join(f"{k} {was.get(k)} -> {now[k]}" for k in other)
         remedy = "use them again, or another --out, or --change true to go on with the new ones"
         raise ValueError(f"{path} was trained with other settings ({said}): {remedy}")
     wanted = [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups]
     try:
-        objective.model.load_state_dict(state["model"])
-        objective.heads.load_state_dict(state["heads"])
+        model = {f"model.{k}": x for k, x in state["model"].items()}
+        objective.load_state_dict(model | state["heads"])
         optimizer.load_state_dict(state["optimizer"])
     except (KeyError, RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[-1].strip()
@@ -355,6 +358,8 @@ def count_flops(objective, batch, autocast):
     with FlopCounterMode(display=False) as counter:
         with autocast:
             parts, _ = objective(batch)
+        if not parts:
+            raise ValueError("all losses have weight 0: nothing is learned")
         sum(parts.values()).backward()
     objective.zero_grad(set_to_none=True)
     objective.train()
@@ -469,7 +474,7 @@ def main(argv):
     # A checkpoint holds its tokenizer, whatever became of the file.
     file = run / "tokenizer.json"
     tokenizer = text.Tokenizer(state["tokenizer"]) if state else text.Tokenizer.load(file)
-    # A checkpoint holds the public weights: their files are not needed again.
+    # A checkpoint holds the public weights: their files are not needed again, but to name a cache.
     source = dataclasses.replace(cfg, vision="", text="") if state and not cfg.cache else cfg
     model = build_model(source, tokenizer, init)
     if model.vision.size != bags.S:
@@ -529,7 +534,7 @@ def main(argv):
         data.write_whole(run / "config.json", json.dumps(vars(cfg), indent=1))
         data.write_whole(run / "keywords.json", json.dumps(corpus["common"]))
         (run / "finished").unlink(missing_ok=True)
-        (log, close_log), told = open_log(run, cfg), set()
+        (log, close_log), warned = open_log(run, cfg), set()
         begun = {"started": time.strftime("%F %T"), "step": step, "world": world}
         log(begun | {"torch": torch.__version__, "config": vars(cfg)})
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank == 0 else True)
@@ -542,8 +547,8 @@ def main(argv):
         values = 0
         for micro in range(cfg.accumulate):
             batch = data.to_device(next(loader), cfg, device)
-            last = micro == cfg.accumulate - 1 or world == 1
-            with contextlib.nullcontext() if last else forward.no_sync():
+            sync = micro == cfg.accumulate - 1 or world == 1
+            with contextlib.nullcontext() if sync else forward.no_sync():
                 with autocast:
                     parts, monitors = forward(batch)
                 loss = sum(getattr(cfg, name) * part for name, part in parts.items())
@@ -568,7 +573,7 @@ def main(argv):
             dist.all_reduce(vote, dist.ReduceOp.MAX)
         halt = vote.item() > 0
 
-        # Log. This is the only place where the loop waits for the device.
+        # Log. Between logs the loop never waits for the device.
         if step % cfg.log_every == 0 or step == cfg.steps:
             mean = losses.all_mean(sums / used).tolist()
             mean = dict(zip(("loss", *parts, *monitors), mean, strict=True))
@@ -581,15 +586,15 @@ def main(argv):
             row |= {"skipped": step - start - int(used)}
             each = " ".join(f"{name} {mean[name]:.2f}" for name in parts)
             each = each.replace(" 0.", " .").replace(" -0.", " -.")
-            left = (cfg.steps - step) / speed / 60
-            eta = f"{left:.0f}m" if left < 120 else f"{left / 60:.0f}h"
+            minutes = (cfg.steps - step) / speed / 60
+            eta = f"{minutes:.0f}m" if minutes < 120 else f"{minutes / 60:.0f}h"
             rates = f"{row['bags_per_s']:.3g} bags/s MFU {row['mfu']:.0%} ETA {eta}"
             say(f"{step:5d} loss {mean['loss']:.1f} {each} | {rates}")
             if rank == 0:
                 log(row)
                 for fault in losses.find_faults(mean) if step > cfg.warmup else ():
-                    if fault not in told:
-                        told.add(fault)
+                    if fault not in warned:
+                        warned.add(fault)
                         say(f"warning at step {step}: {fault}")
             if not math.isfinite(mean["loss"]):
                 remedy = f"continue with --change true and a lower --lr than {cfg.lr}"

@@ -19,6 +19,7 @@ import torch
 
 from prepare.world import make_world
 
+LOSSES = ("itc", "itm", "mlm", "plm", "cvta", "mrtva")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -180,6 +180,11 @@ def test_a_missing_caption_is_named_and_counts_are_kept(parts, tmp_path, world):
     assert data.count_keywords(bags, text.Captions(folder)) == counted
     assert path.stat().st_mtime_ns == before
     assert counted["captions"] == sum(c is not None for _, cs in text.Captions(folder) for c in cs)
+    # A copy that was cut off is named.
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(ValueError, match="keywords.json is damaged .*: delete it"):
+        data.count_keywords(bags, text.Captions(folder))
+    path.unlink()
     # Take away the caption of one valid node: the file has changed, so it is looked at again.
     file = sorted(folder.glob("*.captions.jsonl"))[0]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -209,7 +214,7 @@ class Sparse:
 def test_patches_without_a_caption_are_read_by_the_losses_that_need_none(parts):
     bags, captions, tokenizer, corpus = parts
     sparse = Sparse(captions, {0, 7, 30})
-    batch = build((bags, sparse, tokenizer, corpus), "--children", "4", "--pairs", "4")[0]
+    batch = build((bags, sparse, tokenizer, corpus), "--children", "4", "--pairs", "3")[0]
     assert torch.equal(
         batch["told"], batch["valid"] & torch.isin(batch["nodes"], torch.tensor([0, 7, 30]))
     )
@@ -228,3 +233,32 @@ def test_every_field_of_the_settings_is_a_flag_with_a_reason(capsys):
     for field in dataclasses.fields(train.Config):
         assert f"--{field.name}" in said
     assert "image-text contrast (1.0)" in said
+
+
+def test_two_spellings_are_one_keyword_of_the_batch(parts):
+    bags, captions, tokenizer, _ = parts
+    spellings = ("A tumour nest.", "A tumor nest.", "Tumor nests.")
+    said = {key: [spellings[i % 3]] * 85 for i, key in enumerate(bags.keys)}
+    corpus = text.count_corpus([c for key in bags.keys for c in said[key]])
+    batch = build((bags, said, tokenizer, corpus))[0]
+    assert batch["keyword_real"].sum() == 1 and not batch["bag_keywords"].any()
+    assert batch["own"][..., 0].all()
+
+
+def test_no_patch_is_read_twice(parts):
+    batch = build(parts, "--children", "2", "--pairs", "15")[0]
+    rows = batch["caption_rows"].tolist()
+    assert len(set(rows)) == len(rows) == 60
+
+
+def test_another_extractor_counts_anew(world, tmp_path, monkeypatch):
+    import shutil
+
+    folder = shutil.copytree(world / "train", tmp_path / "train")
+    bags, captions = data.Bags(folder), text.Captions(folder)
+    before = data.count_keywords(bags, captions)
+    other = tmp_path / "text.py"
+    other.write_text("# another extractor")
+    monkeypatch.setattr(text, "__file__", str(other))
+    monkeypatch.setattr(text, "keywords", lambda caption: ["x"] if caption else [])
+    assert data.count_keywords(bags, captions)["common"] == ["x"] != before["common"]

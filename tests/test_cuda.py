@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.utils.backend_registration
+from conftest import LOSSES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
@@ -163,7 +164,7 @@ def step(fake, cfg, objective, optimizer, batch):
             scale.data.clamp_(-1, 1)
         torch.where(good, found, 0)
     learning = [p for p in objective.parameters() if p.requires_grad]
-    assert set(parts) == set(train.LOSSES) and all(p.grad is not None for p in learning)
+    assert set(parts) == set(LOSSES) and all(p.grad is not None for p in learning)
     assert vision.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     dtypes += [x.dtype for x in (*parts.values(), *(p.grad for p in learning))]
     return {str(dtype) for dtype in dtypes}

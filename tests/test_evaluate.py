@@ -175,6 +175,21 @@ def test_the_probe_is_that_of_scikit_learn():
 # ---- Files --------------------------------------------------------------------------------------
 
 
+def test_truth_of_one_magnification_is_enough(run, world, tmp_path):
+    """No 5x patch has a class, so bags have none: patches are measured, nothing ends."""
+    folder = shutil.copytree(world, tmp_path / "data")
+    for path in folder.rglob("*.truth.jsonl"):
+        rows = [line for line in path.read_text().splitlines(True) if json.loads(line)["node"] > 20]
+        path.write_text("".join(rows))
+    evaluate.measure(run, folder, learn=False)
+    found = json.loads((run / "data" / "results.json").read_text())["zeroshot"]
+    assert set(found["architecture"]["ensemble"]["patch"]) == {"40x"}
+    model, tokenizer = evaluate.load_run(run)
+    parts = data.Bags(folder / "test"), data.Bags(folder / "train")
+    out = evaluate.glance(model, tokenizer, *parts)
+    assert "architecture_40x" in out and "architecture_5x" not in out
+
+
 def test_bytes_count_as_numbers():
     y = np.arange(20, dtype=np.uint8)
     assert (evaluate.confusion(y, y, 20) == np.eye(20)).all()
@@ -359,6 +374,11 @@ def test_checkpoints_fall_back_to_the_one_before(run, tmp_path, capsys):
     state, path = evaluate.read_checkpoint(run)
     assert path.name == "ckpt_prev.pt" and "model" in state
     assert "ckpt.pt cannot be read" in capsys.readouterr().err
+    # Whole files of torch that are no checkpoints of ours: words.pt, a tensor.
+    for other in ({"model": {}, "tokenizer": []}, torch.zeros(3)):
+        torch.save(other, run / "ckpt.pt")
+        assert evaluate.read_checkpoint(run)[1].name == "ckpt_prev.pt"
+        assert "not of train.py" in capsys.readouterr().err
     (run / "ckpt_prev.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="no checkpoint that can be read"):
         evaluate.load_run(run)

@@ -620,14 +620,11 @@ def test_gradients_against_finite_differences():
         assert torch.autograd.gradcheck(loss, inputs, atol=1e-7), loss.__name__
 
 
-def test_monitors_tell_collapse_from_health():
-    valid, index = torch.ones(4, 15, dtype=torch.bool), torch.zeros(4, 15, 2, dtype=torch.long)
-    chosen, own = torch.ones(4, 15, 2, dtype=torch.bool), torch.zeros(4, 15, 8, dtype=torch.bool)
-    args = valid, index, chosen, own, torch.ones(4, 8, dtype=torch.bool)
+def test_deviation_tells_collapse_from_health():
+    valid = torch.ones(4, 15, dtype=torch.bool)
     torch.manual_seed(0)
-    assert losses.monitors(torch.randn(4, 15, 256), *args)["std"] > 0.9
-    collapsed = losses.monitors(torch.randn(1, 1, 256).expand(4, 15, 256), *args)
-    assert collapsed["std"] < 1e-3 and collapsed["own"] == 0 and collapsed["chance"] == 0
+    assert losses.deviation(torch.randn(4, 15, 256), valid) > 0.9
+    assert losses.deviation(torch.randn(1, 1, 256).expand(4, 15, 256), valid) < 1e-3
 
 
 def test_monitors_of_the_selection_by_hand():
@@ -638,15 +635,15 @@ def test_monitors_of_the_selection_by_hand():
     index = torch.tensor([[[0, 1], [1, 0]]])
     chosen = torch.tensor([[[True, True], [True, False]]])
     own = torch.tensor([[[True, False, False, False], [False, True, True, True]]])
-    w_valid, g = torch.tensor([[True, True, True, False]]), torch.randn(1, 2, 4)
-    both = losses.monitors(g, torch.tensor([[True, True]]), index, chosen, own, w_valid)
+    w_valid = torch.tensor([[True, True, True, False]])
+    both = losses.agreement(torch.tensor([[True, True]]), index, chosen, own, w_valid)
     assert both["own"].item() == pytest.approx(2 / 3)
     assert both["chance"].item() == pytest.approx((2 * 1 / 3 + 1 * 2 / 3) / 3, abs=1e-6)
     # A node that is not valid selects nothing.
-    one = losses.monitors(g, torch.tensor([[True, False]]), index, chosen, own, w_valid)
+    one = losses.agreement(torch.tensor([[True, False]]), index, chosen, own, w_valid)
     assert one["own"].item() == pytest.approx(1 / 2)
     assert one["chance"].item() == pytest.approx(1 / 3)
-    none = losses.monitors(g, torch.tensor([[False, False]]), index, chosen, own, w_valid)
+    none = losses.agreement(torch.tensor([[False, False]]), index, chosen, own, w_valid)
     assert all(x.isfinite() for x in none.values())
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import LOSSES
 from test_losses import cvta_numpy, itc_numpy
 
 import data
@@ -226,7 +227,7 @@ def test_the_objective_term_by_term(monkeypatch, negatives):
     expected["mrtva"] = mrtva.item()
     values = {name: x.item() for name, x in got.items()}
     assert values == pytest.approx(expected, rel=2e-5, abs=1e-5)
-    assert list(values) == list(train.LOSSES)
+    assert list(values) == list(LOSSES)
     # The gradient of MRTVA does not see the target.
     heads = objective.heads
     for p in (heads.project[0].weight, heads.predict.weight, model.fuse_keyword.weight):
@@ -240,7 +241,7 @@ def test_a_loss_of_weight_zero_is_not_computed(monkeypatch):
     everything, seen = small_objective()(batch)
     assert seen.keys() == {"tau", "std", "own", "chance"}
     assert not any(x.requires_grad for x in seen.values())
-    for name in train.LOSSES:
+    for name in LOSSES:
         with monkeypatch.context() as patch:
             # plm calls mlm, so watch its masks.
             watched = "corrupt" if name == "mlm" else name
@@ -501,7 +502,7 @@ def test_a_batch_of_the_loader_goes_through_the_objective():
     model.text = networks.TextTower(tokenizer.size, tokenizer.end, 24, 16, 1, 2, 16)
     model.lm_head = nn.Linear(16, tokenizer.size)
     parts, seen = losses.Objective(model, batches.cfg)(batch)
-    assert list(parts) == list(train.LOSSES)
+    assert list(parts) == list(LOSSES)
     assert all(x.isfinite() for x in (*parts.values(), *seen.values()))
 
 
@@ -720,9 +721,9 @@ def test_a_seventh_loss_is_one_function_one_call_and_one_field(tmp_path, monkeyp
     assert new_train.parse(["--uniformity", "0.5"]).uniformity == 0.5
     cfg = dataclasses.replace(new_train.parse([]), bags=4, children=2, k_o=3, keywords=7)
     objective, batch = new_losses.Objective(small(), cfg), a_batch()
-    assert set(objective(batch)[0]) == {*train.LOSSES, "uniformity"}
+    assert set(objective(batch)[0]) == {*LOSSES, "uniformity"}
     # Weight 0 removes a loss: train on the seventh alone.
-    for name in train.LOSSES:
+    for name in LOSSES:
         setattr(cfg, name, 0.0)
     optimizer, history = new_train.make_optimizer(objective, cfg), []
     for _ in range(10):
@@ -732,7 +733,7 @@ def test_a_seventh_loss_is_one_function_one_call_and_one_field(tmp_path, monkeyp
         optimizer.step()
         history.append(parts["uniformity"].item())
     assert set(parts) == {"uniformity"} and history[-1] < history[0] - 0.2
-    for name in train.LOSSES:
+    for name in LOSSES:
         setattr(cfg, name, 1.0)
     cfg.uniformity = 0.0
-    assert set(objective(batch)[0]) == set(train.LOSSES)
+    assert set(objective(batch)[0]) == set(LOSSES)

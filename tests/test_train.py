@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Script, script
+from conftest import LOSSES, Script, script
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
@@ -81,7 +82,6 @@ def test_flags_parse_by_type_and_mistakes_are_named():
     assert found == (1.0, False, 7, "a=b", 0.5)
     paper = train.parse("--preset paper --k_o 3 --vision random".split())
     assert (paper.k_o, paper.size, paper.data) == (3, "paper", "data/synthetic-224")
-    nothing = [word for name in train.LOSSES for word in (f"--{name}", "0")]
     for argv, message in (
         (["--preset", "x"], "unknown preset"),
         (["--children", "3"], "1, 2 or 4"),
@@ -92,7 +92,8 @@ def test_flags_parse_by_type_and_mistakes_are_named():
         (["--bags", "0"], ">= 1"),
         (["--negatives", "x"], "bag or batch"),
         (["--zoom", "1"], "zoom"),
-        (nothing, "nothing is learned"),
+        (["--save_every", "0"], ">= 1"),
+        (["--pairs", "0"], "pairs"),
     ):
         with pytest.raises(ValueError, match=message):
             train.parse(argv)
@@ -100,7 +101,7 @@ def test_flags_parse_by_type_and_mistakes_are_named():
 
 def test_the_paper_preset_does_what_the_text_says():
     cfg = train.parse("--preset paper --vision random".split())
-    assert all(getattr(cfg, name) == 1 for name in train.LOSSES)
+    assert all(getattr(cfg, name) == 1 for name in LOSSES)
     said = (cfg.own_captions, cfg.negatives, cfg.near, cfg.kin, cfg.balance, cfg.children)
     assert said == (0.0, "bag", 1.0, 0.0, False, 4)
 
@@ -165,12 +166,14 @@ def test_mistakes_get_one_sentence(world, tmp_path):
     done = run("--stesp", "3", check=False)
     assert done.returncode == 2 and "unrecognized arguments: --stesp 3" in done.stderr
     (tmp_path / "empty" / "train").mkdir(parents=True)
+    nothing = [word for name in LOSSES for word in (f"--{name}", 0)]
     paper = ["--preset", "paper", "--text", "q", "--tokenizer", "b", "--vision", "uni.bin"]
     for argv, message in (
         (["--data", tmp_path / "empty"], "holds no"),
         (["--data", world, "--bags", 5, "--accumulate", 2], "cannot be split"),
         (["--data", world, *paper], "b is not CLIP's merge list"),
         (["--data", world, "--vision", "uni.bin"], "uni.bin holds no weights saved by torch"),
+        (["--data", world, *nothing], "nothing is learned"),
         (["--data", world, "--init", "no.pt"], "no.pt is no file of prepare.words"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
@@ -200,7 +203,7 @@ def test_the_objective_compiles_whole_and_once(world):
         # Compare on both sides of the hand-over.
         if i in (0, 7):
             expected, _ = twin(batch)
-            assert set(parts) == set(train.LOSSES)
+            assert set(parts) == set(LOSSES)
             assert all(torch.allclose(parts[k], expected[k], atol=1e-5) for k in parts)
     assert batches.context in lengths and len(lengths) > 1 and counted.frame_count == 1
 
@@ -357,7 +360,7 @@ def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
         done = subprocess.run(map(str, command), cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     a, b = curves.read_log(tmp_path / "one"), curves.read_log(tmp_path / "two")
-    for name in ("loss", *train.LOSSES, "grad"):
+    for name in ("loss", *LOSSES, "grad"):
         assert len(a[name][1]) == 50
         assert b[name][1] == pytest.approx(a[name][1], rel=1e-6, abs=1e-9), name
 
@@ -430,6 +433,26 @@ def test_a_second_run_in_a_folder_is_refused(world, tmp_path):
     (tmp_path / "x" / ".lock").symlink_to(tmp_path / "precious")
     assert run(*argv, check=False).returncode == 1
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_full_disk_costs_no_checkpoint(world, tmp_path):
+    """No file may grow beyond 4 MB: the same error, at the same place, as a full disk."""
+    out = tmp_path / "x"
+    main(world, out, "--steps", 1)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+
+    argv = ("--data", world, "--out", out, "--steps", 2, *SMALL, "--change", "true")
+    done = script("train.py", *argv, before=limit)
+    assert done.returncode == 1 and re.fullmatch(
+        r"error: .*ckpt_new.pt cannot be written \(.*\): make room there\n", done.stderr
+    )
+    assert weights_of(out)["step"] == 1 and not list(out.glob("*new*")) + list(out.glob(".*.tmp"))
+    # A longer run is not finished because a shorter one was.
+    assert not (out / "finished").exists()
+    run(*argv)
+    assert weights_of(out)["step"] == 2 and (out / "finished").read_text() == "2"
 
 
 def test_loaders_that_would_wait_for_ever_are_refused(monkeypatch):
@@ -577,6 +600,22 @@ def test_a_run_keeps_its_name_at_weights_and_biases(world, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         train.open_log(tmp_path / "y", other)
+
+
+def test_what_a_loss_of_your_own_learns_is_kept(tmp_path):
+    cfg = train.parse(["--out", str(tmp_path), "--init", "none"])
+    words = text.Tokenizer([])
+    saved, loaded = [], []
+    for seed, kept in ((0, saved), (1, loaded)):
+        objective = losses.Objective(train.build_model(cfg, words), cfg)
+        torch.manual_seed(seed)
+        objective.mine = torch.nn.Linear(3, 3)
+        kept += [objective, train.make_optimizer(objective, cfg)]
+    train.save_checkpoint(tmp_path, *saved, words, 7, cfg)
+    state, path = evaluate.read_checkpoint(tmp_path)
+    assert train.resume(state, path, *loaded, cfg) == 7
+    assert torch.equal(loaded[0].mine.weight, saved[0].mine.weight)
+    assert "mine.weight" in state["heads"] and "mine.weight" not in state["model"]
 
 
 def test_words_of_another_size_are_refused(world, tmp_path, monkeypatch):
