@@ -51,7 +51,10 @@ for child in range(1, NODES):
 
 
 def mpp_of(mag):
-    """Return the microns per pixel of a magnification: 2.0 at 5x, 0.25 at 40x."""
+    """Return the microns per pixel of a magnification: 2.0 at 5x, 0.25 at 40x.
+
+    They are those of the scanned field of a patch, before it is scaled to S pixels.
+    """
     return 10 / mag
 
 

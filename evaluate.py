@@ -196,9 +196,9 @@ def rates(matrix):
         f1 = np.where(true + guessed > 0, 2 * hit / (true + guessed), 0)
         recall = np.where(true > 0, hit / true, 0)
         # Average F1 by support (the paper's metric [1]), then over the classes that occur.
-        rates = {"f1": (f1 * true).sum(-1) / n, "accuracy": hit.sum(-1) / n}
-        rates["macro_f1"] = f1.sum(-1) / (true + guessed > 0).sum(-1)
-        return rates | {"balanced": recall.sum(-1) / (true > 0).sum(-1)}
+        found = {"f1": (f1 * true).sum(-1) / n, "accuracy": hit.sum(-1) / n}
+        found["macro_f1"] = f1.sum(-1) / (true + guessed > 0).sum(-1)
+        return found | {"balanced": recall.sum(-1) / (true > 0).sum(-1)}
 
 
 def resamples(groups, times=1000):

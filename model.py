@@ -8,13 +8,13 @@
        to_shared              to_fusion               |               projection
            |                      |                   |                   |
            v [d]                  |                   |                 t, w [d]
-           |______________________|___ ITC, CVTA _____|___________________|
+     ITC and CVTA compare         |                   |          v with t and w
                                   |                   |
-                     fusion: one transformer over [image tokens ; text tokens]
+          fusion: one transformer over [image tokens ; text tokens, or k_o keywords]
         full mask        image-text matching and masked language modelling
         prefix mask      prefix language modelling and captioning
         causal mask      next word without an image (prepare/words.py)
-        keyword mask     z, the text-guided representation that MRTVA aligns
+        keywords         in place of text: z, the text-guided representation that MRTVA aligns
 
 Shape letters: N images or texts, S pixels a side, P patch tokens, V image tokens of the fusion
 (1 + pool^2), T text tokens, K keywords, L tokens of a sequence, D width, H heads, d shared space.
@@ -433,7 +433,7 @@ def read_weights(file, state=None):
     return {name.removeprefix(start).removeprefix("backbone."): x for name, x in state.items()}
 
 
-def read_config(file, side):
+def read_tower_config(file, side):
     """Read what configs beside a file say of its "vision" or "text" tower -> dict, in their words:
     config.json (transformers, timm), open_clip_config.json and, for this file alone, FILE.json."""
     said = {}
@@ -455,7 +455,7 @@ def read_config(file, side):
     return said
 
 
-def check(tower, file):
+def check_tower(tower, file):
     """Refuse a tower that a config beside its file contradicts; print the choice if none tells."""
     # Shapes tell neither heads nor GELU, and the wrong ones give silently worse features.
     heads, quick = tower.blocks[0].attn.heads, tower.blocks[0].mlp.quick
@@ -467,7 +467,7 @@ def check(tower, file):
     ours |= dict(global_pool="token", timm_pool="token", norm_kwargs={}, act_kwargs={})
     for name, x in zip(("mean", "std"), getattr(tower, "stats", ()), strict=False):
         ours[name] = ours[f"image_{name}"] = [round(v, 6) for v in x]
-    said = read_config(file, side)
+    said = read_tower_config(file, side)
     for key, value in said.items():
         if value not in ("", None, ours.get(key, value)):
             wrong = f"{key} {value}, not {ours[key]}"
@@ -532,7 +532,7 @@ def adopt_vision(model, file):
         state, _ = split_clip(state, file)
         fill(model.proj, {"weight": state.pop("proj.weight")}, file)
     fill(model.vision, {k: x for k, x in state.items() if not k.startswith("head.")}, file)
-    check(model.vision, file)
+    check_tower(model.vision, file)
 
 
 def adopt_text(model, file):
@@ -541,5 +541,5 @@ def adopt_text(model, file):
     words = state["token_embedding.weight"]
     state["token_embedding.weight"] = torch.cat([words, words.mean(0, keepdim=True)])  # [vocab, D]
     fill(model.text, state, file)
-    check(model.text, file)
+    check_tower(model.text, file)
     model.lm_head.weight.data.copy_(model.text.token_embedding.weight.data)

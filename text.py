@@ -258,17 +258,17 @@ def keyword_bag(captions, size=128, corpus=None):
     captions of the bag name it, n' would if the bag were like the corpus. So what every bag says
     ("a tissue fold") ranks low. Ties stay in order of mention.
     """
-    bag = count_corpus(captions)
+    counts = count_corpus(captions)
     if corpus is None:
-        return bag["common"][:size]
-    share = bag["captions"] / max(1, corpus["captions"])
+        return counts["common"][:size]
+    share = counts["captions"] / max(1, corpus["captions"])
 
     def score(keyword):
-        n = bag["count"][same(keyword)]
+        n = counts["count"][same(keyword)]
         # A keyword that the corpus does not list counts as named once.
         return n * math.log1p(n / (share * corpus["count"].get(same(keyword), 1)))
 
-    return sorted(bag["common"], key=score, reverse=True)[:size]
+    return sorted(counts["common"], key=score, reverse=True)[:size]
 
 
 def keyword_owners(captions, bag):

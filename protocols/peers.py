@@ -93,7 +93,7 @@ def read_state(path):
 
 def choose(state, file, side, width, quick=None):
     """Choose what no shape tells of a tower, as configs beside its file say -> its arguments."""
-    said = networks.read_config(file, side)
+    said = networks.read_tower_config(file, side)
     heads = said.get("num_attention_heads") or said.get("num_heads") or said.get("heads")
     if "head_width" in said:
         heads = width // said["head_width"]
@@ -128,7 +128,7 @@ def load_vit(state, size=None, file="the state dict", quick=None, **more):
     more["layer_scale"] = 1e-5 if "blocks.0.ls1.gamma" in state else 0.0
     more |= choose(state, file, "vision", width, quick)
     vit = networks.fill(networks.ViT(size, patch, width, **more), state, file)
-    networks.check(vit, file)
+    networks.check_tower(vit, file)
     return vit
 
 
@@ -143,11 +143,11 @@ def load_clip(state, quick=None, size=None, file="the state dict"):
     vit.proj = nn.Parameter(proj.clone())
     vocab, width = text["token_embedding.weight"].shape
     # transformers' old configs say 2 and mean the largest.
-    end = networks.read_config(file, "text").get("eos_token_id", 2)
+    end = networks.read_tower_config(file, "text").get("eos_token_id", 2)
     end, context = vocab - 1 if end == 2 else end, len(text.get("positional_embedding", ()))
     told = choose(text, file, "text", width, quick)
     tower = networks.TextTower(vocab, end, context, width, embed=len(proj), **told)
-    networks.check(networks.fill(tower, text, file), file)
+    networks.check_tower(networks.fill(tower, text, file), file)
     return vit, tower
 
 
@@ -204,8 +204,8 @@ def load(args, device="cpu"):
     if args.model and args.model != "random":
         model, tokenizer = evaluate.load_run(args.model, device)
         listed = Path(args.model) / "keywords.json"
-        keywords = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
-        k_o = evaluate.read_config(args.model)["k_o"]
+        keywords = data.read_json(listed) if listed.exists() else []
+        k_o = data.read_json(Path(args.model) / "config.json")["k_o"]
         name = Path(args.model).resolve().name
         return Peer(model, tokenizer, name, networks.fingerprint(model), keywords, k_o)
     # Wrap public weights, or those of no training.
@@ -250,7 +250,8 @@ def main():
     state = {name: x.clone() for name, x in read_state(args.file).items()}
     data.write_whole(args.out, lambda file: torch.save(state, file))
     # What its configs say goes along.
-    said = {f"{side}_cfg": networks.read_config(args.file, side) for side in ("vision", "text")}
+    sides = ("vision", "text")
+    said = {f"{side}_cfg": networks.read_tower_config(args.file, side) for side in sides}
     if said["vision_cfg"]:
         data.write_whole(Path(args.out).with_suffix(".json"), json.dumps(said, indent=1))
     print(f"wrote {args.out}: {len(state)} tensors")
