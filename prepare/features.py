@@ -10,6 +10,7 @@ skipped; processes share the others. Then train with train.py --freeze_vision tr
 """
 
 import argparse
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -98,7 +99,9 @@ def main():
             sides = f"patches of {bags.S} px and {args.vision} reads {model.vision.size}"
             remedy = f"tile with --patch-px {model.vision.size}"
             raise ValueError(f"{bags.folder} holds {sides}: {remedy}")
-        cache_features(see, bags, name, device, args.workers, rank, world)
+        held = data.lock(bags.folder, ".features.lock") if rank == 0 else contextlib.nullcontext()
+        with held:
+            cache_features(see, bags, name, device, args.workers, rank, world)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def make_shard(path, squares, out, mpp, settings):
     # The order of the list says nothing.
     settings = settings | dict(squares=zlib.crc32(repr(sorted(map(repr, squares))).encode()))
     if index_path.exists():
-        if json.loads(index_path.read_bytes())["settings"] != settings:
+        if data.read_json(index_path)["settings"] != settings:
             made = f"{index_path} was made with other settings or another list"
             raise ValueError(f"{made}: choose another --out")
         # Others may have been asked for since.

@@ -74,7 +74,7 @@ def written_scales(text, size):
     for value in re.findall(r"\bMPP\s*=\s*([^\s|;]+)", text):
         found.append(("Aperio MPP", value, value, "um"))
     # OME describes several pictures: take those of this size, if one is.
-    pictures = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", text)
+    pictures = re.findall(r"<(?:\w+:)?Pixels\b[^<>]*>", text)
     same = [p for p in pictures if f'SizeX="{size[0]}"' in p and f'SizeY="{size[1]}"' in p]
     for picture in same or pictures:
         its = dict(re.findall(r'(PhysicalSize\w+)\s*=\s*"([^"]*)"', picture))
@@ -83,7 +83,7 @@ def written_scales(text, size):
             unit = re.sub("[\u00b5\u03bc]", "u", html.unescape(its.get("PhysicalSizeXUnit", "um")))
             found.append(("OME PhysicalSizeX", x, its.get("PhysicalSizeY", x), unit))
     # Philips quotes the distance of rows, then of columns.
-    for spacing in re.findall(r'DICOM_PIXEL_SPACING"[^>]*>([^<]*)', text):
+    for spacing in re.findall(r'DICOM_PIXEL_SPACING"[^<>]{0,200}>([^<]*)', text):
         values = html.unescape(spacing).replace('"', " ").split() or [spacing]
         found.append(("Philips DICOM_PIXEL_SPACING", values[-1], values[0], "mm"))
     return found

@@ -191,7 +191,7 @@ def _finished(path, mpp, out, settings):
     file = out / f"bags-{slide_key(path)}.index.json"
     if not file.exists():
         return None
-    index = json.loads(file.read_bytes())
+    index = data.read_json(file)
     if index["slide"] != path.name:
         raise ValueError(f"{file} is of {index['slide']}, not of {path}: rename one of them")
     if index["settings"] != settings or mpp not in (None, index["mpp"]):

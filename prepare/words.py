@@ -114,7 +114,8 @@ def write_words(folder, out, steps=200, vocab=1500, size="synthetic", seed=0):
     named = model.named_parameters()
     weights = {name: p.detach() for name, p in named if name.startswith((*TRAINED, "kind"))}
     content = {"tokenizer": tokenizer.merges, "model": weights}
-    data.write_whole(Path(out), lambda file: torch.save(content, file))
+    with data.lock(Path(out).parent, ".words.lock", wait=True):
+        data.write_whole(Path(out), lambda file: torch.save(content, file))
 
 
 def main():

@@ -313,6 +313,8 @@ def main():
     if args.show:
         draw_facts(args.show)
         return
+    # A second command waits: it finds all files finished.
+    _held = data.lock(args.folder, wait=True)
     make_world(args.folder, args.train, args.test, args.size, args.patch_px, args.words)
     if args.masks:
         write_masks(Path(args.folder) / "slides")

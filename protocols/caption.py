@@ -10,7 +10,6 @@ captions; it says what it has learnt to say, in lower case.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
     model, tokenizer = evaluate.load_run(run, device)
     generator = torch.Generator(device).manual_seed(seed)
     listed = Path(run) / "keywords.json"
-    keywords = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    keywords = data.read_json(listed) if listed.exists() else []
     if keywords:
         w = evaluate.embed_texts(model, tokenizer, keywords)  # [K, d]
     failed = 0

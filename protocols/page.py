@@ -250,7 +250,7 @@ def main():
     if levels:
         save(levels, folder / "levels.png")
     if (folder / "ckpt.pt").exists() and "zeroshot" in results:
-        source = Path(evaluate.read_config(folder)["data"])
+        source = Path(data.read_json(folder / "config.json")["data"])
         if source.is_dir():
             draw_run(folder, source, results["about"]["zeroshot"])
         else:

@@ -162,7 +162,7 @@ def ask_slides(peer, names, vectors, about, args, out):
     """Ask slide files one after the other; those that are done are not read again."""
     file = out / ("places.json" if args.text else "slides.json")
     # Read what an earlier call of the same model and settings has left.
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": about}
+    stored = data.read_json(file) if file.exists() else {"about": about}
     if stored["about"] != about:
         print(f"{file} is of another model or other settings: it is written anew")
         stored = {"about": about}

@@ -1,6 +1,8 @@
 """Test bags, pyramids and augmentation: pytest tests/test_data.py"""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,22 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "two" and len(list(path.parent.iterdir())) == 1
     data.write_whole(path, lambda file: file.write(b"four"))
     assert path.read_text() == "four"
+
+
+def test_a_folder_has_one_owner_where_there_are_locks(tmp_path, monkeypatch):
+    held = data.lock(tmp_path)
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on "):
+        data.lock(tmp_path)
+    held.close()
+    data.lock(tmp_path).close()
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    # Lustre often has none.
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    data.lock(tmp_path).close()
+    data.lock(tmp_path, wait=True).close()
 
 
 def test_read_image(tmp_path):
@@ -104,6 +122,15 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no bags.*prepare.tile SLIDES"):
         data.Bags(tmp_path)
     shard.write_bytes(whole)
+    # An index that was copied in part.
+    index = shard.with_suffix(".index.json")
+    index.write_bytes(index.read_bytes()[:-9])
+    for read in (data.Bags, lambda out: tile(slides / "s0.svs", out, **SMALL)):
+        with pytest.raises(ValueError, match="bags-s0.index.json is damaged .*: delete it"):
+            read(out)
+    index.unlink()
+    tile(slides / "s0.svs", out, **SMALL)
+    assert len(data.Bags(out)) == len(bags) and shard.read_bytes() == whole
     tile(slides / "s1.svs", tmp_path / "b", patch_px=16, fov_px=32)
     for file in (tmp_path / "b").glob("bags-*"):
         file.rename(out / file.name)

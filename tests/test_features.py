@@ -137,6 +137,27 @@ def test_an_interrupted_pass_leaves_whole_files_and_goes_on(folder, monkeypatch)
     assert np.load(found[0], mmap_mode="r").shape[1:] == (5, 128)
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", np.zeros((1, 5, 8), np.float16)])
+def test_damaged_features_are_named(folder, content):
+    bags = data.Bags(folder / "train")
+    path = data.features_path(bags, 0, "x")
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(ValueError, match="x-.*npy is missing or damaged .*: delete it, run"):
+        data.open_features(bags, "x")(0, torch.arange(85))
+
+
+def test_a_second_pass_over_a_folder_is_refused(folder, weights):
+    held = data.lock(folder / "test", ".features.lock")
+    argv = ("prepare.features", folder, "--vision", weights, "--size", "tiny", "--workers", 0)
+    done = script(*argv, before=add_tiny)
+    assert done.returncode == 1 and "test is in use by process" in done.stderr.splitlines()[-1]
+    # The part before is kept.
+    assert len(list(folder.rglob("*.npy"))) == 6
+    held.close()
+    script(*argv, before=add_tiny, check=True)
+    assert len(list(folder.rglob("*.npy"))) == 8
+
+
 def test_processes_share_the_shards(folder):
     bags = data.Bags(folder / "train")
 

@@ -5,6 +5,7 @@ import io
 import re
 import struct
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from written import APERIO, IMAGE, SMALL, TILES, half, padded, per_cm, picture, 
 
 import data
 import prepare.slide
-from prepare.slide import Slide, find_slides, read_image, resize
+from prepare.slide import Slide, find_slides, read_image, resize, written_scales
 from prepare.tile import choose_parents, tile
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/slides"
@@ -302,6 +303,13 @@ def test_where_mpp_comes_from(tmp_path):
 def test_numbers_are_read_as_they_are_meant(tmp_path, text):
     slide = Slide(write(tmp_path / "a.tif", picture(64, 64), text=text))
     assert slide.mpp == pytest.approx(0.25) and slide.doubt == ""
+
+
+def test_a_long_description_takes_no_time():
+    start = time.process_time()
+    for text in ("<Pixels ", 'DICOM_PIXEL_SPACING" ', "MPP  "):
+        written_scales(text * 40_000, (9, 9))
+    assert time.process_time() - start < 2
 
 
 def test_a_given_scale_wins_and_the_rest_is_told(tmp_path):

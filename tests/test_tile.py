@@ -1,11 +1,13 @@
 """Test tissue, parents and tiling: pytest tests/test_tile.py"""
 
+import contextlib
 import io
 import json
 import os
 import re
 import resource
 import signal
+import sys
 import tarfile
 import threading
 import time
@@ -334,6 +336,36 @@ def test_ctrl_c_keeps_finished_slides(tmp_path, workers):
     shards = {f.name.removesuffix(".tar") for f in out.glob("*.tar")}
     assert 0 < len(done) < 401 and done <= shards and len(shards - done) <= 1
     assert not list(out.glob(".*.tmp"))
+
+
+def living(group):
+    """List the processes of a group that are no zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its = path.read_text().rpartition(") ")[2].split()[:3]
+            found += [path.parent.name] * (int(its) == group and state != "Z")
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process hears of its parent's end on Linux")
+def test_workers_end_with_the_command(tmp_path):
+    """A kill of the command alone must leave none: it would write into the next call's folder."""
+    slides = slides_in(tmp_path / "in", 1)
+    for i in range(400):
+        os.link(slides / "s0.svs", slides / f"t{i:03d}.svs")
+    out = tmp_path / "out"
+    args = ("--out", out, "--patch-px", 64, "--fov-px", 32, "--workers", 2)
+    p = Script("prepare.tile", slides, *args, before=os.setsid)
+    until = time.time() + 40
+    while not list(out.glob("*.index.json")) and time.time() < until:
+        time.sleep(0.01)
+    assert len(living(p.pid)) >= 3
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    while living(p.pid) and time.time() < until:
+        time.sleep(0.01)
+    assert not living(p.pid) and len(list(out.glob("*.index.json"))) < 401
 
 
 def test_a_job_that_kills_its_process_costs_one_job():

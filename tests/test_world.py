@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import tifffile
+import torch
 from conftest import Script, script
 from PIL import Image
 
@@ -286,6 +287,18 @@ def test_the_world_is_what_a_lab_brings(world):
     assert all("{}" in template for template in classes["templates"])
     # The prompts of a class are keywords that captions hold.
     assert classes["facts"]["cytology"]["spindle"][0] in text.keywords("It shows spindle cells.")
+
+
+def test_two_commands_at_once_make_one_world(tmp_path):
+    """As two trainings do that start with the default data."""
+    argv = ["prepare.world", tmp_path / "w", "--train", 3, "--test", 1, "--size", 512]
+    argv += ["--words", 1]
+    both = [Script(*argv), Script(*argv)]
+    for command in both:
+        done = command.wait()
+        assert done.returncode == 0, done.stderr
+    assert len(data.Bags(tmp_path / "w/train")) >= 3 and not list(tmp_path.rglob("*.tmp"))
+    assert torch.load(tmp_path / "w/words.pt", weights_only=True)["model"]
 
 
 def test_the_command_continues_and_writes_masks_and_a_picture(tmp_path):
