@@ -118,7 +118,8 @@ def fine_tune(vision, tiles, y, C, train, val, epochs=30, lr=1e-3, seed=0, batch
         # Keep the weights of the best epoch, and stop when none has been better for long.
         numbers, p = predict(both, tiles, val)
         found = evaluate.rates(evaluate.confusion(y[numbers], p.argmax(1), C))["balanced"]
-        bar.set_postfix_str(f"balanced accuracy on validation {found:.3f}, best {best:.3f}")
+        said = f"balanced accuracy on validation {found:.3f}, best {best:.3f}"
+        bar.set_postfix_str(said, refresh=False)
         if found > best:
             best, best_epoch = found, epoch
             kept = copy.deepcopy(both.state_dict())

@@ -16,7 +16,7 @@ from test_peers import huggingface_state
 import model as networks
 import text
 from protocols import peers
-from protocols.export import export
+from protocols.export import export, write_card
 
 MERGES = [("t", "h"), ("th", "e</w>")]
 TIMM = dict(size=224, patch=16, width=192, depth=12, heads=3, layer_scale=1e-5)
@@ -134,6 +134,31 @@ def test_what_cannot_leave_is_one_sentence(tmp_path):
         with pytest.raises(ValueError, match="one GELU for both towers"):
             export(mrplip(41, 39, dict(shape, quick=True)), words, out, "open_clip")
     assert not out.exists()
+
+
+def test_a_model_card_goes_along(tmp_path):
+    words = text.Tokenizer(MERGES)
+    model = mrplip(words.size, words.end, TINY_CLIP)
+    run = tmp_path / "mine"
+    run.mkdir()
+    config = {"data": "/home/me/bags", "vision": "", "text": "/home/me/quiltnet/w.bin", "k_o": 8}
+    (run / "config.json").write_text(json.dumps(config))
+    card = write_card(run, model, "huggingface")
+    assert card.startswith("---\nlibrary_name: transformers\nlicense: other\n---\n# mine\n")
+    assert "trained\non me/bags, exported on 20" in card and "/home" not in card
+    assert "not for clinical use" in card and "UNI is gated and non-commercial" in card
+    assert "(image: no other; text: quiltnet/w.bin)" in card and "k_o 8" in card
+    assert card.endswith("\n\nnone was measured\n")
+    # Tell numbers of these weights only.
+    row = {"5x": {"f1": 0.8125, "interval": {"f1": [0.7, 0.9]}}}
+    found = {"organ": {"ensemble": {"patch": row, "top 10": row}, "single": {"patch": row}}}
+    for mark, told in ((networks.fingerprint(model), 1), ("other", 0)):
+        about = {"fingerprint": mark, "n": 60, "data": "bags/test"}
+        results = {"about": {"zeroshot": about}, "zeroshot": found}
+        (run / "results.json").write_text(json.dumps(results))
+        card = write_card(run, model, "open_clip")
+        line = "- zeroshot, organ, ensemble, patch, 60 of bags/test: 5x 0.81 (0.70-0.90)\n"
+        assert card.count("0.81 (") == card.count(line) == told
 
 
 def test_the_command(tmp_path):
