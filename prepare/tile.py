@@ -341,7 +341,7 @@ def main():
         total.update(n)
     if total["failed"]:
         failed = f"{total['failed']} of {total['slides']} slides cannot be used"
-        sys.exit(f"error: {failed}, see failures.jsonl in {args['out']}")
+        sys.exit(f"error: {failed}, see failures.jsonl in {', '.join(map(str, parts))}")
     if not total["bags"]:
         sys.exit("error: no slide has a square with enough tissue: lower --min-tissue or --fov-px")
 
