@@ -3,6 +3,7 @@
 pytest tests/test_world.py
 """
 
+import fcntl
 import io
 import json
 import os
@@ -293,7 +294,13 @@ def test_two_commands_at_once_make_one_world(tmp_path):
     """As two trainings do that start with the default data."""
     argv = ["prepare.world", tmp_path / "w", "--train", 3, "--test", 1, "--size", 512]
     argv += ["--words", 1]
+    held = data.lock(tmp_path / "w")
     both = [Script(*argv), Script(*argv)]
+    # Both wait while another makes it.
+    time.sleep(1)
+    assert not (tmp_path / "w/slides").exists()
+    # They have inherited the open lock, so closing it here would not free it.
+    fcntl.flock(held, fcntl.LOCK_UN)
     for command in both:
         done = command.wait()
         assert done.returncode == 0, done.stderr
