@@ -448,7 +448,9 @@ def main(argv):
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     barrier = dist.barrier if distributed else nothing
     say = tqdm.write if rank == 0 else nothing
-    held = data.lock(run) if rank == 0 else None  # noqa: F841, until this process ends
+    if rank == 0:
+        held = data.lock(run)  # noqa: F841, until this process ends
+        (run / "finished").unlink(missing_ok=True)
     changed = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
     say("settings: " + " ".join(f"--{name} {getattr(cfg, name)}" for name in changed))
 
@@ -533,7 +535,6 @@ def main(argv):
     if rank == 0:
         data.write_whole(run / "config.json", json.dumps(vars(cfg), indent=1))
         data.write_whole(run / "keywords.json", json.dumps(corpus["common"]))
-        (run / "finished").unlink(missing_ok=True)
         (log, close_log), warned = open_log(run, cfg), set()
         begun = {"started": time.strftime("%F %T"), "step": step, "world": world}
         log(begun | {"torch": torch.__version__, "config": vars(cfg)})
