@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -86,10 +85,12 @@ def embed_files(peer, files, mpp=None, w=None):
     # A tile of no magnification stands for what cannot be read.
     none = torch.zeros(1, 3, S, S, dtype=torch.uint8), torch.tensor([-1])
     found = {}
-    for batch in data.progress(loader, "pictures", leave=False):
+    bar = data.progress(loader, "pictures", leave=False)
+    for batch in bar:
         for i, item in enumerate(batch):
             if isinstance(item, str):
-                tqdm.write(f"left out: {item}", file=sys.stderr)
+                bar.clear()
+                print(f"left out: {item}", file=sys.stderr)
                 batch[i] = none
         images = torch.cat([tiles for tiles, _ in batch]).float() / 255
         for name, x in evaluate.embed_images(peer.model, images, w, peer.k_o).items():

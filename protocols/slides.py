@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -170,7 +169,8 @@ def ask_slides(peer, names, vectors, about, args, out):
     paths = find_slides(args.slides)
     mpps = mpp_table(args.mpp, [path.name for path in paths])
     failed = 0
-    for path in data.progress(paths, "slides", unit="slide"):
+    bar = data.progress(paths, "slides", unit="slide")
+    for path in bar:
         name = path.name
         try:
             # A slide counts as done only while its file is the same.
@@ -183,7 +183,8 @@ def ask_slides(peer, names, vectors, about, args, out):
             print_slide(name, records[name], args)
         except (ValueError, OSError) as e:
             # A bad file costs one slide.
-            tqdm.write(f"left out: {e}", file=sys.stderr)
+            bar.clear()
+            print(f"left out: {e}", file=sys.stderr)
             failed += 1
     print(f"\n{len(paths) - failed} slides: {file}, heatmaps and outlines beside it")
     if failed:

@@ -253,6 +253,7 @@ def test_where_is_it_and_a_slide_that_cannot_be_read(run, world, tmp_path, monke
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "error: 1 of 2 slides could not be read, see above"
     assert "left out" in done.stderr and "broken.svs is missing or truncated" in done.stderr
+    assert "slides: " not in done.stderr  # no bar in a log
     assert "| stroma only |" in done.stdout
     stored = json.loads((tmp_path / "out/places.json").read_text())["slides"]
     assert set(stored) == {path.name}
