@@ -157,7 +157,8 @@ def torment(folder, out, steps, rounds, seed=0, torchrun=0.0):
     for part in ("step", "model", "heads", "optimizer"):
         torch.testing.assert_close(load(run)[part], load(whole)[part], rtol=0, atol=0)
     assert read_log(whole)["loss"] == read_log(run)["loss"], "the logs differ"
-    torment_evaluation(run, rounds // 10, rng)
+    if rounds >= 10:
+        torment_evaluation(run, rounds // 10, rng)
     return kills, requests, twice
 
 

@@ -350,10 +350,10 @@ train.os._exit(0)
 
 
 def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
-    """Fifty steps with the hand-over, in double precision, so that what differs is not rounding."""
+    """Thirty steps with the hand-over, in double precision, so that what differs is not rounding."""
     file = tmp_path / "double.py"
     file.write_text(DOUBLE.format(root=str(ROOT)))
-    argv = ["--data", world, "--steps", 50, *SMALL, "--pairs", 1]
+    argv = ["--data", world, "--steps", 30, *SMALL, "--pairs", 1]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for nproc, name in ((0, "one"), (2, "two")):
         command = [*launch(nproc), file, *argv, "--out", tmp_path / name]
@@ -361,7 +361,7 @@ def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
         assert done.returncode == 0, done.stderr
     a, b = curves.read_log(tmp_path / "one"), curves.read_log(tmp_path / "two")
     for name in ("loss", *LOSSES, "grad"):
-        assert len(a[name][1]) == 50
+        assert len(a[name][1]) == 30
         assert b[name][1] == pytest.approx(a[name][1], rel=1e-6, abs=1e-9), name
 
 
@@ -381,9 +381,9 @@ def test_one_dying_process_ends_the_others_and_says_why(world, tmp_path):
     assert re.search(rf"error: .*tar.*{bags.keys[index]}.* damaged", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGKILL"])
 def test_a_signal_to_torchrun_loses_nothing_and_leaves_no_orphan(world, tmp_path, name):
-    """torchrun dies of the last two: its process hears of that, saves and leaves."""
+    """torchrun dies of them: its process hears of that, saves and leaves."""
     out = tmp_path / "x"
     argv = ["--data", world, "--out", out, "--steps", 100000, *SMALL, "--save_every", 100000]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
