@@ -350,7 +350,7 @@ train.os._exit(0)
 
 
 def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
-    """Thirty steps with the hand-over, in double precision, so that what differs is not rounding."""
+    """Thirty steps with the hand-over, in double precision: what differs is not rounding."""
     file = tmp_path / "double.py"
     file.write_text(DOUBLE.format(root=str(ROOT)))
     argv = ["--data", world, "--steps", 30, *SMALL, "--pairs", 1]
