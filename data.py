@@ -546,6 +546,8 @@ def write_whole(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     # Write beside the target, then rename: within one folder a rename is atomic.
     temp = path.with_name(f".{path.name}.tmp")
+    # What a kill left there, or somebody's link to another file, goes.
+    temp.unlink(missing_ok=True)
     try:
         with open(temp, "wb") as file:
             if callable(content):

@@ -54,6 +54,14 @@ def test_a_folder_has_one_owner_where_there_are_locks(tmp_path, monkeypatch):
     data.lock(tmp_path, wait=True).close()
 
 
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "precious")
+    data.write_whole(tmp_path / "a.json", "new")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "a.json").read_text() == "new" and not (tmp_path / "a.json").is_symlink()
+
+
 def test_read_image(tmp_path):
     for name in ("a.png", "a.tif"):
         Image.fromarray(IMAGE).save(tmp_path / name)
