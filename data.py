@@ -470,7 +470,8 @@ def count_keywords(bags, captions, missing=0.0):
     def read():
         for i, key in enumerate(progress(bags.keys, "keywords", unit="bag")):
             said = captions[key]
-            silent = [n for n in range(NODES) if bags.valid[i, n] and not said[n]]
+            nodes = bags.valid[i].nonzero()[:, 0].tolist()
+            silent = [n for n in nodes if not said[n]]
             if silent:
                 untold.append((len(silent), f"node {silent[0]} of {key}"))
             yield from said
@@ -575,7 +576,7 @@ def read_json(path):
 
 
 def lock(folder, name=".lock", wait=False):
-    """Keep a folder for this process until it ends -> the open lock. ValueError names its owner."""
+    """Keep a folder for this process -> the lock; closing frees it. ValueError names its owner."""
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     # Follow no link: the file that it points to would be emptied.
@@ -591,6 +592,11 @@ def lock(folder, name=".lock", wait=False):
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+def one_line(words):
+    """Put a text from anywhere on one line, without control characters, to print or to draw."""
+    return " ".join("".join(c if c.isprintable() else " " for c in words).split())
 
 
 def progress(*args, **more):

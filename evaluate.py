@@ -438,17 +438,12 @@ def save_results(folder, name, found, about):
         data.write_whole(path, json.dumps(ready, indent=1))
 
 
-def one_line(words):
-    """Put a text from anywhere on one line, without control characters, to print or to draw."""
-    return " ".join("".join(c if c.isprintable() else " " for c in words).split())
-
-
 def print_table(title, columns, rows):
     """Print a Markdown table: a title, the names of the columns, rows of cells (str)."""
-    rows = [list(map(one_line, row)) for row in (columns, *rows)]
+    rows = [list(map(data.one_line, row)) for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
-    print(f"\n{one_line(title)}\n")
+    print(f"\n{data.one_line(title)}\n")
     for row in rows:
         print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
 

@@ -39,7 +39,7 @@ from PIL import Image
 import data
 import text
 from prepare import pathgen
-from prepare.pathgen import one_line, write_lines
+from prepare.pathgen import clean_caption, write_lines
 from prepare.slide import CAPTION, FILE, bare
 
 # The question of [1], figure 2.
@@ -71,7 +71,7 @@ def read_body(answer):
 def read_answer(answer):
     """Take the caption out of a server's answer -> (caption, ""), or ("", why it is none)."""
     choice = answer["choices"][0]
-    caption = one_line(choice["message"]["content"] or "")
+    caption = clean_caption(choice["message"]["content"] or "")
     if not caption:
         return "", "empty"
     start = caption.lower().replace("\u2019", "'")
@@ -105,7 +105,7 @@ class Server:
         """Make a short line of what a server says, without secrets and control characters."""
         for secret in self.secrets:
             said = said.replace(secret, "***")
-        return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:200]
+        return data.one_line(said)[:200]
 
     def request(self, path, body=None):
         """Send a request -> what the server answers, from JSON."""
@@ -350,7 +350,7 @@ def read_record(place, record):
             raise KeyError("caption")
         caption = ". ".join(part.strip().rstrip(".") for part in parts if part.strip())
         node = None if cells.get("node") in (None, "") else int(str(cells["node"]))
-        return Path(name).name, node, one_line(caption)
+        return Path(name).name, node, clean_caption(caption)
     except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
         columns = '"key", "slide" or "image", a "caption", perhaps a "node"'
         found = ", ".join(map(str, record)) if isinstance(record, dict) else str(record)

@@ -27,7 +27,7 @@ from prepare.tile import tissue_fraction, tissue_mask, write_bags
 SQUARE = 672
 
 
-def one_line(said):
+def clean_caption(said):
     """Put a caption on one line, without broken characters."""
     return " ".join(said.encode("utf-8", "replace").decode().split())
 
@@ -44,7 +44,7 @@ def read_list(path):
         slides = defaultdict(list)
         for _, row in text.read_lines(path):
             x, y = row["position"]
-            square = (int(x), int(y), one_line(row["caption"]), row.get("file_id"))
+            square = (int(x), int(y), clean_caption(row["caption"]), row.get("file_id"))
             slides[bare(row["wsi_id"])].append(square)
         return slides
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as e:

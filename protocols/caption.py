@@ -78,7 +78,7 @@ def print_captions(run, paths, prefix="", top_p=0.0, best=5, seed=0):
             continue
         image = found[0].to(device) / 255  # [1, 3, S, S]
         caption = describe(model, tokenizer, image, prefix, top_p=top_p, generator=generator)[0]
-        print(f"{path}\n  {evaluate.one_line(caption)}")
+        print(f"{path}\n  {data.one_line(caption)}")
         if keywords:
             v = evaluate.embed_images(model, image)["image_embedding"]
             cosine, which = (v @ w.T)[0].topk(min(best, len(keywords)))

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import data
-from data import COL, LEVEL, ROW
-from evaluate import one_line
+from data import COL, LEVEL, ROW, one_line
 from prepare.slide import thumbnail
 
 # Viridis: it rises in brightness, so it can be read in grey too.

@@ -176,7 +176,7 @@ def draw_maps(path, maps, names, mpp=None, width=250):
     left = 4
     for name, fill in zip(names, colours, strict=True):
         draw.rectangle([left, page.height + 6, left + 10, page.height + 16], fill=fill)
-        draw.text((left + 14, page.height + 3), evaluate.one_line(name), "black", font_size=12)
+        draw.text((left + 14, page.height + 3), data.one_line(name), "black", font_size=12)
         left += 32 + heatmap.text_width(name, 12)
     return image
 
