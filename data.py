@@ -599,12 +599,20 @@ def one_line(words):
     return " ".join("".join(c if c.isprintable() else " " for c in words).split())
 
 
+class Lines(tqdm):
+    """Print tqdm's progress line by line, as a log wants it."""
+
+    def display(self, *_, **__):
+        print(self, file=sys.stderr)
+
+
 def progress(*args, **more):
     """Show tqdm's bar on a terminal; elsewhere, as in the log of a job, a line a minute."""
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-        more |= dict(delay=60, mininterval=60, maxinterval=60, bar_format=line)
-    return tqdm(*args, **more)
+    if sys.stderr.isatty():
+        return tqdm(*args, **more)
+    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+    more |= dict(delay=60, mininterval=60, maxinterval=60, bar_format=line, leave=False)
+    return Lines(*args, **more)
 
 
 def run_script(main, stopped="nothing was written"):

@@ -29,6 +29,7 @@ import json
 import math
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -328,9 +329,15 @@ def ask_system(cfg):
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def check_shared_memory(batch, cfg):
-    """Refuse loaders whose batches would not fit into shared memory: they would wait for ever."""
-    need = 4 * cfg.workers * sum(x.nbytes for x in batch.values())
+def check_loaders(batch, cfg):
+    """Refuse loaders that the system gives too little: they would wait for ever."""
+    ahead = 4 * cfg.workers  # batches
+    # Each tensor that waits is an open file, and so are some other things.
+    files, most = ahead * len(batch) + 64, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if ahead and 0 <= most < files:
+        remedy = "raise it (ulimit -n), or lower --workers"
+        raise ValueError(f"loaders need {files} open files, the system allows {most}: {remedy}")
+    need = ahead * sum(x.nbytes for x in batch.values())
     need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     if need > room:
@@ -507,13 +514,13 @@ def main(argv):
         pin_memory=device == "cuda", prefetch_factor=4 if cfg.workers else None,
         timeout=900 if cfg.workers else 0,
     )  # fmt: skip
+    batch = batches[0]
+    check_loaders(batch, cfg)
     loader = iter(loader)
 
     # Measure the work of a step; then compile it, and wrap it for many processes.
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     objective.train()
-    batch = batches[0]
-    check_shared_memory(batch, cfg)
     flops = count_flops(objective, data.to_device(batch, cfg, device), autocast)
     flops, rate = flops * cfg.accumulate * world, matmul_rate(device) * world
     forward = torch.compile(objective, dynamic=False, fullgraph=True) if cfg.compile else objective
@@ -537,6 +544,8 @@ def main(argv):
         data.write_whole(run / "keywords.json", json.dumps(corpus["common"]))
         (log, close_log), warned = open_log(run, cfg), set()
         begun = {"started": time.strftime("%F %T"), "step": step, "world": world}
+        here = shlex.quote(os.path.dirname(__file__))
+        begun["commit"] = subprocess.getoutput(f"git -C {here} describe --always --dirty 2>&-")
         log(begun | {"torch": torch.__version__, "config": vars(cfg)})
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=None if rank == 0 else True)
     sums, used, since, start, halt = 0, 0, time.time(), step, False

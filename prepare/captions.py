@@ -403,9 +403,12 @@ def read(source, folder):
             for i in np.flatnonzero(bags.shard_of == number):
                 key = bags.keys[i]
                 for node in range(data.NODES):
-                    # The nearest caption counts: the node's, the bag's, the slide's.
-                    places = dict(image=(key, node), bag=(key, None), slide=(bags.slides[i], None))
-                    kind = next((kind for kind in places if places[kind] in captions), None)
+                    # The nearest caption counts: the node's, the bag's, the slide's. Where there is
+                    # no tissue, only its own.
+                    places = dict(image=(key, node))
+                    if bags.valid[i, node]:
+                        places |= dict(bag=(key, None), slide=(bags.slides[i], None))
+                    kind = next((kind for kind, place in places.items() if place in captions), None)
                     if kind and (key, node) in rows:
                         there += 1
                     elif kind:

@@ -53,8 +53,13 @@ table { border-collapse: collapse; margin: .8em 0; font-size: .9em }
 td, th { white-space: nowrap; padding: .15em .7em; text-align: right }
 tr { border-bottom: 1px solid #eee }
 td:first-child, th:first-child { text-align: left } .about { color: #666; font-size: .85em }
-figure { margin: 1.2em 0 } figcaption { color: #444 }
+td:first-child { position: sticky; left: 0; background: white }
+figure { margin: 1.2em 0; overflow-x: auto } figcaption { color: #444 }
 img { max-width: 100%; border: 1px solid #eee }
+@media (max-width: 700px) {
+  img { max-width: none }
+  td:first-child { white-space: normal; min-width: 7em; padding-left: 0 }
+}
 """
 
 

@@ -194,12 +194,21 @@ def add_arguments(parser):
     parser.add_argument("--tokenizer", help="of --clip: its list of merges, or its tokenizer.json")
     parser.add_argument("--quick-gelu", action="store_true", help="of --clip: OpenAI's, PLIP's")
     parser.add_argument("--vit", help="instead of MODEL: file with the weights of a plain ViT")
+    for name in ("mean", "std"):
+        about = f"of --vit and --clip: {name} of the pixels in red, green, blue, if no config tells"
+        parser.add_argument(f"--{name}", nargs=3, type=float, metavar=("R", "G", "B"), help=about)
 
 
 def load(args, device="cpu"):
     """Load the model that the command line names -> Peer."""
     if len([x for x in (args.model, args.clip, args.vit) if x]) != 1:
         raise ValueError("name one model: a run folder, the word random, --clip FILE or --vit FILE")
+    file = args.clip or args.vit
+    pixels = {name: getattr(args, name) for name in ("mean", "std") if getattr(args, name)}
+    if pixels and (not file or not all(0 < x < 1 for x in sum(pixels.values(), []))):
+        raise ValueError(
+            "--mean and --std take shares of 1, as .485 .456 .406, of a --vit or --clip"
+        )
     # A run brings its tokenizer, its keywords and how many of them guide an image.
     if args.model and args.model != "random":
         model, tokenizer = evaluate.load_run(args.model, device)
@@ -209,7 +218,6 @@ def load(args, device="cpu"):
         name = Path(args.model).resolve().name
         return Peer(model, tokenizer, name, networks.fingerprint(model), keywords, k_o)
     # Wrap public weights, or those of no training.
-    file = args.clip or args.vit
     tokenizer = read_tokenizer(args) if args.clip else None
     if args.clip:
         state = read_state(file)
@@ -224,6 +232,8 @@ def load(args, device="cpu"):
         towers = Towers(networks.MRPLIP(300, 298, **networks.SIZES["synthetic"]).vision)
     if tokenizer and towers.text.end != tokenizer.end:
         raise ValueError(f"{file} belongs to another tokenizer than {args.tokenizer}")
+    for name, values in pixels.items():
+        getattr(towers.vision, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
     # Where every model's file is called so, its folder names it.
     path = Path(file or "random").resolve()
     usual = ("pytorch_model", "model", "open_clip_pytorch_model", "open_clip_model")

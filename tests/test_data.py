@@ -276,3 +276,17 @@ def test_augment_compiles_and_asks_for_no_values():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {k: mode.from_tensor(v) for k, v in batch.items()}
         assert data.augment(fake, 0.1).shape == (4, 15, 3, 4, 4)
+
+
+def test_a_log_gets_whole_lines_of_progress(capsys):
+    bar = data.progress(total=4, desc="slides", unit="slide", initial=1)
+    bar.update()
+    assert capsys.readouterr().err == ""
+    # A minute later.
+    bar.start_t -= 61
+    bar.last_print_t -= 61
+    bar.update()
+    bar.close()
+    lines = capsys.readouterr().err.split("\n")
+    assert lines[0].startswith("slides: 3 of 4, ") and lines[0].endswith(" left")
+    assert lines[-1] == "" and all("\r" not in line for line in lines)

@@ -255,6 +255,15 @@ def test_a_vit_alone_is_its_class_token(tmp_path):
     x = torch.rand(2, 3, 32, 32)
     by_hand = F.normalize(peer.model.vision(x)[:, 0], dim=-1)
     assert torch.equal(peer.model.to_shared(peer.model.vision(x)), by_hand)
+    # Pixels that no config tells are told by flags, and then it is another model.
+    flags = ["--vit", tmp_path / "uni/pytorch_model.bin", "--mean", ".5", ".4", ".3"]
+    other = peers.load(arguments(*flags, "--std", ".2", ".2", ".1"))
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.2, 0.1]]).view(2, 3, 1, 1)
+    ours = other.model.vision(x * std + mean)
+    peer.model.vision.mean.zero_()
+    peer.model.vision.std.fill_(1)
+    assert torch.allclose(ours, peer.model.vision(x), atol=1e-5)
+    assert other.fingerprint != peer.fingerprint
 
 
 def test_random_is_the_same_each_time_and_a_run_brings_its_keywords(tmp_path, words):
@@ -284,6 +293,8 @@ def test_a_wrong_model_is_one_sentence(tmp_path, words):
         (): "name one model",
         ("random", "--vit", tmp_path / "uni.bin"): "name one model",
         ("--clip", tmp_path / "clip.bin"): "clip.bin needs --tokenizer FILE",
+        ("random", "--mean", ".5", ".5", ".5"): "of a --vit or --clip",
+        ("--vit", tmp_path / "uni.bin", "--std", "58", "57", "57"): "shares of 1",
         ("--vit", tmp_path / "clip.bin"): "clip.bin is not a plain ViT",
         ("--vit", tmp_path / "note.txt"): "note.txt holds no weights",
         ("--vit", tmp_path / "none.bin"): "none.bin holds no weights",
