@@ -379,7 +379,7 @@ def resize(a, out):
     k = n // out
     # Repeat each pixel.
     if out % n == 0:
-        return a.repeat(out // n, 0).repeat(out // n, 1) if out > n else a
+        return a.repeat(out // n, 1).repeat(out // n, 0) if out > n else a
     # Take the anti-aliased triangle filter, as UNI does for its patches.
     if n % out:
         pixels = torch.from_numpy(a).permute(2, 0, 1)[None]

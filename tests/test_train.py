@@ -5,12 +5,14 @@ Killed equals undisturbed, two processes equal one, cached equals online, mistak
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,22 +38,31 @@ SMALL = """--bags 4 --log_every 1 --warmup 2 --workers 0 --eval_every 0 --device
 
 
 def launch(nproc):
-    """Return how a script is started on so many processes; 0: without torchrun."""
-    if not nproc:
-        return [sys.executable]
+    """Return how torchrun starts a script on so many processes."""
     where = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", *where]
 
 
-def run(*argv, nproc=0, check=True):
+def run(*argv):
     """Run train.py in a process of its own, from the repository's root."""
-    if not nproc:
-        return script("train.py", *argv, timeout=120, check=check)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch(nproc), "train.py", *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    return script("train.py", *argv, timeout=120, check=True)
+
+
+def run_two(*argv, before=lambda: None):
+    """Run train.py on two processes, after a call of before -> what the first one printed."""
+    # Forks start sooner than torchrun.
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def join(rank):
+        os.environ.update(env, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank))
+        before()
+
+    forks = [Script("train.py", *argv, before=functools.partial(join, rank)) for rank in (0, 1)]
+    done = [fork.wait(120) for fork in forks]
+    assert all(one.returncode == 0 for one in done), done
+    return done[0].stdout + done[0].stderr
 
 
 def main(world, out, *argv):
@@ -208,28 +219,16 @@ def test_the_objective_compiles_whole_and_once(world):
     assert batches.context in lengths and len(lengths) > 1 and counted.frame_count == 1
 
 
-EAGER = """
-import sys, functools; sys.path.insert(0, {root!r})
-import torch
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-import train
-train.main(sys.argv[1:])
-sys.stdout.flush()
-train.os._exit(0)
-"""
-
-
 def test_two_processes_train_compiled(world, tmp_path):
     """One bag a process and micro-batch, with validation."""
-    file = tmp_path / "compiled.py"
-    file.write_text(EAGER.format(root=str(ROOT)))
-    argv = ["--data", world, "--out", tmp_path / "x", *SMALL, "--steps", 10, "--compile", "true"]
-    argv += ["--eval_every", 5, "--accumulate", 2, "--pairs", 1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch(2), file, *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert curves.read_log(tmp_path / "x")["loss"][0] == list(range(1, 11))
+
+    def without_code():
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+    argv = ["--data", world, "--out", tmp_path / "x", *SMALL, "--steps", 4, "--compile", "true"]
+    argv += ["--eval_every", 2, "--accumulate", 2, "--pairs", 1]
+    run_two(*argv, before=without_code)
+    assert curves.read_log(tmp_path / "x")["loss"][0] == [1, 2, 3, 4]
 
 
 # ---- never lose work -----------------------------------------------------------------------------
@@ -273,8 +272,8 @@ def test_a_request_is_granted_and_the_next_process_goes_on(world, tmp_path):
     one = until(1, signal.SIGTERM, 2)
     two = until(one + 1, signal.SIGTERM, 0)
     assert 1 <= one < two <= 9
-    again = run("--data", world, "--out", parts, "--steps", 9, *more, nproc=2)
-    assert f"at step {two} of 9" in again.stdout + again.stderr
+    again = run_two("--data", world, "--out", parts, "--steps", 9, *more)
+    assert f"at step {two} of 9" in again
     rows = [json.loads(line) for line in open(parts / "log.jsonl")]
     assert [row["world"] for row in rows if "world" in row] == [2, 1, 2]
     a, b = curves.read_log(tmp_path / "whole")["loss"], curves.read_log(parts)["loss"]
@@ -336,29 +335,19 @@ def test_what_is_not_finite_is_left_out_and_never_learned(world, tmp_path, monke
 
 # ---- many processes ------------------------------------------------------------------------------
 
-DOUBLE = """
-import sys; sys.path.insert(0, {root!r})
-import torch
-torch.set_default_dtype(torch.float64)
-import data, train
-augment = data.augment
-data.augment = lambda batch, jitter: augment(batch, jitter).double()
-train.main(sys.argv[1:])
-sys.stdout.flush()
-train.os._exit(0)
-"""
+
+def in_double_precision():
+    torch.set_default_dtype(torch.float64)
+    data.HED, data.UNMIX = data.HED.double(), data.UNMIX.double()
+    augment = data.augment
+    data.augment = lambda batch, jitter: augment(batch, jitter).double()
 
 
 def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
     """Thirty steps with the hand-over, in double precision: what differs is not rounding."""
-    file = tmp_path / "double.py"
-    file.write_text(DOUBLE.format(root=str(ROOT)))
     argv = ["--data", world, "--steps", 30, *SMALL, "--pairs", 1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for nproc, name in ((0, "one"), (2, "two")):
-        command = [*launch(nproc), file, *argv, "--out", tmp_path / name]
-        done = subprocess.run(map(str, command), cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    script("train.py", *argv, "--out", tmp_path / "one", before=in_double_precision, check=True)
+    run_two(*argv, "--out", tmp_path / "two", before=in_double_precision)
     a, b = curves.read_log(tmp_path / "one"), curves.read_log(tmp_path / "two")
     for name in ("loss", *LOSSES, "grad"):
         assert len(a[name][1]) == 30
@@ -376,7 +365,9 @@ def test_one_dying_process_ends_the_others_and_says_why(world, tmp_path):
         file.seek(offset)
         file.write(bytes(size))
     argv = ["--data", broken, "--out", tmp_path / "x", "--steps", 20, *SMALL, "--workers", 1]
-    done = run(*argv, nproc=2, check=False)
+    command = [*launch(2), "train.py", *map(str, argv)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert re.search(rf"error: .*tar.*{bags.keys[index]}.* damaged", done.stderr), done.stderr
 
