@@ -53,12 +53,12 @@ table { border-collapse: collapse; margin: .8em 0; font-size: .9em }
 td, th { white-space: nowrap; padding: .15em .7em; text-align: right }
 tr { border-bottom: 1px solid #eee }
 td:first-child, th:first-child { text-align: left } .about { color: #666; font-size: .85em }
-td:first-child { position: sticky; left: 0; background: white }
+td:first-child, th:first-child { position: sticky; left: 0; background: white }
 figure { margin: 1.2em 0; overflow-x: auto } figcaption { color: #444 }
 img { max-width: 100%; border: 1px solid #eee }
 @media (max-width: 700px) {
   img { max-width: none }
-  td:first-child { white-space: normal; min-width: 7em; padding-left: 0 }
+  td:first-child, th:first-child { white-space: normal; min-width: 8em; padding-left: 0 }
 }
 """
 
@@ -150,14 +150,15 @@ def write_table(found, metrics):
     """Write the results of a protocol as an HTML table; without metrics, those with intervals."""
     rows = list(find_rows(found))
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    # Write a line for each row and metric.
-    lines = [["", *columns]]
+    # Write a line for each row and metric. If there is one metric, the corner names it.
+    one = len(metrics) == 1
+    lines = [[metrics[0] if one else "", *columns]]
     for path, row in rows:
         known = dict.fromkeys(name for told in row.values() for name in told["interval"])
         for metric in metrics or known:
             if metric in known:
                 cells = [cell(row.get(column), metric) for column in columns]
-                lines.append([", ".join([*path, metric]), *cells])
+                lines.append([", ".join(path if one else (*path, metric)), *cells])
     # The first line is the head.
     out = []
     for k, line in enumerate(lines):

@@ -73,9 +73,9 @@ def test_tables_hold_every_row():
     found = {"slides": {"best 1": {"5x": leaf(0.5), "20x": leaf(None)}, "all": {"5x": leaf(1.0)}}}
     table = page.write_table(found, ("f1",))
     cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", table)
-    assert cells[:3] == ["", "5x", "20x"]
-    assert cells[3:6] == ["slides, best 1, f1", "0.50 (0.10-0.90)", ""]
-    assert cells[6:] == ["slides, all, f1", "1.00 (0.10-0.90)", ""]
+    assert cells[:3] == ["f1", "5x", "20x"]
+    assert cells[3:6] == ["slides, best 1", "0.50 (0.10-0.90)", ""]
+    assert cells[6:] == ["slides, all", "1.00 (0.10-0.90)", ""]
     # Without metrics all that have intervals; names are text, never markup.
     table = page.write_table({"<b>": {"5x": leaf(0.5, None, None, "dice <fat>")}}, ())
     assert "&lt;b&gt;, dice &lt;fat&gt;</td><td>0.50</td>" in table
@@ -119,7 +119,7 @@ def test_the_page_of_a_run(run, world, tmp_path, monkeypatch):  # noqa: F811
     # One file: all is in it, and nothing runs or is fetched. A phone can read it.
     assert html.count("data:image/png;base64,") == 3 and "<script" not in html
     assert not re.search(r"(src|href)='?http", html) and "<meta name='viewport'" in html
-    assert "architecture, ensemble, bag, f1" in html and "Results of tiny" in html
+    assert "architecture, ensemble, bag<" in html and "Results of tiny" in html
     assert "started: 2026-01-02 03:04:05; step: 0; bags: 4" in html
     assert "<polyline points='60.0,10.0 345.0,70.0 630.0,130.0'" in html
     for name in ("levels.png", "confusion.png", "retrieval.png"):
@@ -179,6 +179,6 @@ def test_a_folder_of_other_results(tmp_path):
     data.write_whole(tmp_path / "results.json", json.dumps(results))
     script("protocols.page", tmp_path, check=True)
     html = (tmp_path / "report.html").read_text()
-    assert "set, whole, balanced" in html and "data: &lt;set&gt;" in html
+    assert "set, whole<" in html and "data: &lt;set&gt;" in html
     assert (tmp_path / "levels.png").exists() and not (tmp_path / "confusion.png").exists()
     assert "prompts:" not in html
