@@ -41,8 +41,10 @@ def read_checkpoint(run, device="cpu"):
     for path in paths:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
+            kinds = {"model": dict, "tokenizer": list, "config": dict, "step": int}
+            sound = all(isinstance(state.get(name), kind) for name, kind in kinds.items())
             # torch writes checksums, but does not look at them.
-            if zipfile.ZipFile(path).testzip() or not {"model", "tokenizer", "config"} <= {*state}:
+            if zipfile.ZipFile(path).testzip() or not sound or state["step"] < 0:
                 raise ValueError("a checksum is wrong, or it is not of train.py")
             return state, path
         except Exception as e:  # a damaged file raises almost anything

@@ -101,11 +101,15 @@ class Server:
         # Set when nothing more is to be asked, so that no thread waits for another try.
         self.stop = threading.Event()
 
-    def quote(self, said):
-        """Make a short line of what a server says, without secrets and control characters."""
+    def hide(self, said):
+        """Take the secrets out of what a server says."""
         for secret in self.secrets:
             said = said.replace(secret, "***")
-        return data.one_line(said)[:200]
+        return said
+
+    def quote(self, said):
+        """Make a short line of what a server says, without secrets and control characters."""
+        return data.one_line(self.hide(said))[:200]
 
     def request(self, path, body=None):
         """Send a request -> what the server answers, from JSON."""
@@ -148,7 +152,7 @@ class Server:
         for pause in (*PAUSES, None):
             try:
                 caption, reason = read_answer(self.request("/chat/completions", body))
-                return caption, self.quote(reason)
+                return self.hide(caption), self.quote(reason)
             except urllib.error.HTTPError as e:
                 reason = f"{e.code} {e.msg}"
                 if e.code in (401, 403, 404):

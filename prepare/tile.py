@@ -214,7 +214,7 @@ def run_jobs(work, jobs, workers, threads):
 
     A job whose process was killed, often for lack of memory, has the result None.
     """
-    if workers < 2 or len(jobs) < 2:
+    if workers < 2:
         yield from map(work, jobs)
         return
     # Spawn, because a fork of a process with threads may hang.
@@ -323,7 +323,8 @@ def main():
     add("--min-tissue", type=float, default=0.5, help="least tissue share of a parent")
     add("--mpp", help="microns per pixel, or a CSV of slide,mpp lines")
     add("--seed", type=int, default=0, help="which parents are drawn")
-    add("--workers", type=int, default=1, help="processes, a slide each")
+    # A slide that kills its process costs only itself, where it is not the only process.
+    add("--workers", type=int, default=2, help="processes, a slide each (%(default)s)")
     add("--quality", type=int, default=90, help="quality of the JPEGs")
     add("--test-share", type=float, default=0, help="share of the patients for OUT/test")
     add("--patients", help="a CSV of slide,patient lines; TCGA's names say theirs")

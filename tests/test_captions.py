@@ -467,11 +467,12 @@ def test_odd_lists_of_models_are_one_sentence(names, words, fresh, serve):
     assert str(e.value).isprintable()
 
 
-def test_a_broken_letter_costs_nothing(fresh, serve):
+def test_a_broken_letter_costs_nothing_and_a_key_is_no_caption(fresh, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     model = serve(fresh)
-    model.look = lambda path, question: (200, "fat \ud800 and\nnests")
+    model.look = lambda path, question: (200, "fat \ud800 and\nnests for sk-1")
     assert ask(fresh, model.url, mags=[5])["failed"] == 0
-    assert {row["caption"] for row in rows(fresh)} == {"fat ? and nests"}
+    assert {row["caption"] for row in rows(fresh)} == {"fat ? and nests for ***"}
 
 
 # ---------------------------------------------------------------- captions made elsewhere

@@ -257,7 +257,7 @@ def run(world, tmp_path_factory):
     data.write_whole(run / "config.json", json.dumps(config))
     data.write_whole(run / "tokenizer.json", tokenizer.to_json())
     torch.save(
-        {"model": model.state_dict(), "tokenizer": tokenizer.merges, "config": config},
+        {"model": model.state_dict(), "tokenizer": tokenizer.merges, "config": config, "step": 0},
         run / "ckpt.pt",
     )
     return run
@@ -374,11 +374,12 @@ def test_checkpoints_fall_back_to_the_one_before(run, tmp_path, capsys):
     state, path = evaluate.read_checkpoint(run)
     assert path.name == "ckpt_prev.pt" and "model" in state
     assert "ckpt.pt cannot be read" in capsys.readouterr().err
-    # Whole files of torch that are no checkpoints of ours: words.pt, a tensor.
-    for other in ({"model": {}, "tokenizer": []}, torch.zeros(3)):
+    # Whole files of torch that are no checkpoints of ours: words.pt, a tensor, what somebody bent.
+    bent = [{"step": -5}, {"step": "7"}, {"config": []}]
+    for other in ({"model": {}, "tokenizer": []}, torch.zeros(3), *(state | x for x in bent)):
         torch.save(other, run / "ckpt.pt")
         assert evaluate.read_checkpoint(run)[1].name == "ckpt_prev.pt"
-        assert "not of train.py" in capsys.readouterr().err
+        assert "ckpt.pt cannot be read" in capsys.readouterr().err
     (run / "ckpt_prev.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="no checkpoint that can be read"):
         evaluate.load_run(run)

@@ -165,7 +165,8 @@ def test_the_command(tmp_path):
     words = text.Tokenizer([])
     model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
     torch.save(
-        {"model": model.state_dict(), "tokenizer": words.merges, "config": {"size": "synthetic"}},
+        {"model": model.state_dict(), "tokenizer": words.merges, "step": 0}
+        | {"config": {"size": "synthetic"}},
         tmp_path / "ckpt.pt",
     )
     (tmp_path / "tokenizer.json").write_text(words.to_json())

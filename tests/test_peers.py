@@ -273,7 +273,7 @@ def test_random_is_the_same_each_time_and_a_run_brings_its_keywords(tmp_path, wo
     run.mkdir()
     torch.manual_seed(1)
     model = networks.MRPLIP(words.size, words.end, **networks.SIZES["synthetic"])
-    saved = {"model": model.state_dict(), "tokenizer": words.merges}
+    saved = {"model": model.state_dict(), "tokenizer": words.merges, "step": 0}
     torch.save(saved | {"config": {"size": "synthetic"}}, run / "ckpt.pt")
     (run / "config.json").write_text(json.dumps({"size": "synthetic", "k_o": 3}))
     (run / "tokenizer.json").write_text(words.to_json())

@@ -181,7 +181,8 @@ def run(tmp_path_factory):
     data.write_whole(folder / "config.json", json.dumps({"size": "synthetic", "k_o": 2}))
     data.write_whole(folder / "tokenizer.json", words.to_json())
     torch.save(
-        {"model": model.state_dict(), "tokenizer": words.merges, "config": {"size": "synthetic"}},
+        {"model": model.state_dict(), "tokenizer": words.merges, "step": 0}
+        | {"config": {"size": "synthetic"}},
         folder / "ckpt.pt",
     )
     classes = {"cells": ["signet ring cells", "cells"], "stroma": "stroma only", "fat": "fat"}

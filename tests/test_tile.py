@@ -29,7 +29,7 @@ from prepare.tile import choose_parents, divide, run_jobs, tile, tissue_fraction
 
 
 def cli(*args, **more):
-    return script("prepare.tile", *args, **more)
+    return script("prepare.tile", "--workers", 1, *args, **more)
 
 
 # ---------------------------------------------------------------- tissue and parents
