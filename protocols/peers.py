@@ -118,6 +118,12 @@ def load_vit(state, size=None, file="the state dict", quick=None, **more):
 
     size: side of the images it shall read; file: named in errors, and its config is beside it.
     """
+    # A larger model around it (KEEP, BiomedCLIP) gives its names a prefix.
+    for prefix in ("visual.trunk.", "visual."):
+        if f"{prefix}patch_embed.proj.weight" in state:
+            print(f"{file}: of this model only {prefix}* is read, the image tower")
+            own = (name for name in state if name.startswith(prefix))
+            state = {name.removeprefix(prefix): state[name] for name in own}
     state = {name: x for name, x in state.items() if not name.startswith("head.")}
     try:
         width, _, _, patch = state["patch_embed.proj.weight"].shape

@@ -247,7 +247,7 @@ def test_a_clip_has_the_calls_that_protocols_use(tmp_path, words):
     assert evaluate.embed_texts(plain.model, plain.tokenizer, ["lung", "tissue"]).shape == (2, 24)
 
 
-def test_a_vit_alone_is_its_class_token(tmp_path):
+def test_a_vit_alone_is_its_class_token(tmp_path, capsys):
     (tmp_path / "uni").mkdir()
     torch.save(timm_state(), tmp_path / "uni/pytorch_model.bin")
     peer = peers.load(arguments("--vit", tmp_path / "uni/pytorch_model.bin"))
@@ -255,6 +255,13 @@ def test_a_vit_alone_is_its_class_token(tmp_path):
     x = torch.rand(2, 3, 32, 32)
     by_hand = F.normalize(peer.model.vision(x)[:, 0], dim=-1)
     assert torch.equal(peer.model.to_shared(peer.model.vision(x)), by_hand)
+    # So is the tower of a larger model: KEEP's, or open_clip's around timm.
+    for prefix in ("visual.", "visual.trunk."):
+        whole = {f"{prefix}{name}": x for name, x in timm_state().items()}
+        torch.save(whole | {"text.pooler.weight": torch.zeros(3, 3)}, tmp_path / "keep.bin")
+        found = peers.load(arguments("--vit", tmp_path / "keep.bin"))
+        assert found.fingerprint == peer.fingerprint
+        assert f"only {prefix}* is read" in capsys.readouterr().out
     # Pixels that no config tells are told by flags, and then it is another model.
     flags = ["--vit", tmp_path / "uni/pytorch_model.bin", "--mean", ".5", ".4", ".3"]
     other = peers.load(arguments(*flags, "--std", ".2", ".2", ".1"))
