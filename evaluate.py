@@ -324,7 +324,7 @@ def retrieval(v, t, captions, groups):
     """Rank captions for images and images for captions -> {"image_to_text_R@1": share, ...}.
 
     v, t [R, d]: unit vectors of R images and of their captions; groups [R], for the intervals. Also
-    "mean" of all six, and "n".
+    "mean" of all six, "chance_R@1", and "n".
     """
     # A caption that several images share is right for each.
     same = np.unique(captions, return_inverse=True)[1]
@@ -336,6 +336,7 @@ def retrieval(v, t, captions, groups):
         place = np.take_along_axis(hit, order, 1).argmax(1)
         found |= {f"{way}_R@{k}": place < k for k in (1, 5, 10)}
     found["mean"] = np.mean(list(found.values()), axis=0)
+    found["chance_R@1"] = hit.mean(1)
     # Resample queries by group.
     group, drawn = resamples(groups)
     weights = drawn[:, group]  # [times, R]
@@ -556,7 +557,7 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     # Ask for the captions.
     found = bag_retrieval(model, tokenizer, test, features)
     if found:
-        names = ("image_to_text_R@10", "text_to_image_R@10", "mean")
+        names = ("image_to_text_R@1", "text_to_image_R@1", "chance_R@1", "mean")
         print_scores("retrieval among 300 patches", [(name, found, name) for name in names])
         save_results(out, "retrieval", found, about)
     else:

@@ -202,11 +202,14 @@ def _finished(path, mpp, out, settings):
     return None if lost else len(index["bags"])
 
 
-def begin_worker(threads):
+def begin_worker(threads, parent):
     """Prepare a worker: it must end with its parent, else it would write into the next call's."""
     torch.set_num_threads(threads)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
+    # The parent may have ended while this one began.
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def run_jobs(work, jobs, workers, threads):
@@ -223,7 +226,8 @@ def run_jobs(work, jobs, workers, threads):
     while jobs:
         # After a death do the jobs that were in hand one by one: one of them kills its process.
         now = jobs[:1] if alone else jobs
-        pool = ProcessPoolExecutor(1 if alone else workers, spawn, begin_worker, (threads,))
+        more = (spawn, begin_worker, (threads, os.getpid()))
+        pool = ProcessPoolExecutor(1 if alone else workers, *more)
         done = 0
         try:
             # Workers inherit the ignored Ctrl-C, and finish the slide in hand.

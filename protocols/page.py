@@ -36,7 +36,7 @@ SHOWN = {
     "probe": ("Linear probe", ("f1", "balanced", "auroc")),
     "few_shot": ("Few-shot", ("balanced",)),
     "finetune": ("Fine-tuning", ("f1", "balanced", "auroc")),
-    "retrieval": ("Retrieval", ("image_to_text_R@1", "text_to_image_R@1", "mean")),
+    "retrieval": ("Retrieval", ("image_to_text_R@1", "text_to_image_R@1", "chance_R@1", "mean")),
     "segment": ("Segmentation", ()),
 }
 CAPTIONS = {

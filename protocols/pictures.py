@@ -183,7 +183,7 @@ def measure(peer, pictures, out, args):
         who = pictures.who()[use]
         rows = {m: evaluate.retrieval(v[use, k], t, captions, who) for k, m in enumerate(mags)}
         evaluate.save_results(out, "retrieval", rows, about | {"split": which})
-        columns = ["image_to_text_R@1", "text_to_image_R@1", "mean"]
+        columns = ["image_to_text_R@1", "text_to_image_R@1", "chance_R@1", "mean"]
         labelled.print_rows(f"Retrieval, {which}", rows, columns)
 
 

@@ -144,8 +144,11 @@ def test_shared_captions_are_right_for_each_image():
     found = evaluate.retrieval(v, np.roll(v, 1, 0), ["a", "b", "c"], list("xyz"))
     assert found["image_to_text_R@1"] == 0 and found["image_to_text_R@5"] == 1
     assert found["mean"] == pytest.approx(4 / 6) and found["n"] == 3
-    assert evaluate.retrieval(v, np.roll(v, 1, 0), ["a", "a", "a"], list("xyz"))["mean"] == 1
+    assert found["chance_R@1"] == pytest.approx(1 / 3)
     assert found["interval"]["text_to_image_R@1"] == (0, 0)
+    # Where all say the same, all is right, and no merit.
+    found = evaluate.retrieval(v, np.roll(v, 1, 0), ["a", "a", "a"], list("xyz"))
+    assert found["mean"] == found["chance_R@1"] == 1
 
 
 def predict(x, y, x1, C):
@@ -280,7 +283,7 @@ def test_a_run_is_measured_on_its_own_data(run, world, tmp_path, capsys):
             assert {"top 1", "top 5", "top 10", "top 50", "top 100"} < set(row)
             assert row["top 10"]["merged"]["n"] == 2 and "balanced" in row["bag"]["5x"]["interval"]
         assert set(results["probe"][fact]) == mags
-    assert set(results["retrieval"]) == mags and len(results["retrieval"]["20x"]["interval"]) == 7
+    assert set(results["retrieval"]) == mags and len(results["retrieval"]["20x"]["interval"]) == 8
     for about in results["about"].values():
         assert {"model", "fingerprint", "data", "data_hash", "n", "split"} <= set(about)
     assert "architecture" in results["about"]["zeroshot"]["prompts"]["facts"]
