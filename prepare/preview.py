@@ -1,6 +1,6 @@
 """Look at a slide before it is tiled: what it holds in words, or its bags in a picture.
 
-    python -m prepare.preview SLIDE              # levels, and which one each magnification reads
+    python -m prepare.preview SLIDES             # levels, and which one each magnification reads
     python -m prepare.preview SLIDE --out PNG    # thumbnail, tissue, parents, and one bag
 
 The picture shows glass dimmed, tissue outlined in green, and the parents numbered. Beside it, the
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 import data
-from prepare.slide import Slide, thumbnail
+from prepare.slide import Slide, find_slides, mpp_table, thumbnail
 from prepare.tile import choose_parents, remarks, tissue_mask
 
 PANEL = 448
@@ -41,6 +41,22 @@ def describe(slide, fov_px):
         print(f"  {mag:>2}x, {data.mpp_of(mag):g} um/px: {source}")
     nodes = int(data.valid_nodes(slide.mags, np.ones(data.NODES)).sum())
     print(f"  a bag: {nodes} of {data.NODES} nodes, {fov_px * data.mpp_of(5):g} um wide")
+
+
+def describe_all(paths, mpps, fov_px):
+    """Describe slides, with a scale each or None; one that cannot be read costs a sentence."""
+    refused = 0
+    for path in paths:
+        try:
+            with Slide(path, mpps[path.name]) as slide:
+                describe(slide, fov_px)
+        except ValueError as e:
+            if len(paths) == 1:
+                raise
+            refused += 1
+            print(e, file=sys.stderr)
+    if refused:
+        raise ValueError(f"{refused} of {len(paths)} slides cannot be used, see above")
 
 
 def draw_slide(slide, bags, shown, fov_px):
@@ -116,18 +132,22 @@ def draw_page(slide, fov_px, bags):
 def main():
     parser = argparse.ArgumentParser(description="Look at a slide before it is tiled.")
     add = parser.add_argument
-    add("slide", help="a slide file")
-    add("--out", help="PNG to draw into; default: print what the slide holds")
-    add("--mpp", type=float, help="microns per pixel; default: what the file says")
+    add("slides", nargs="+", help="slide files or folders; --out draws one")
+    add("--out", help="PNG to draw into; default: print what the slides hold")
+    add("--mpp", help="microns per pixel, or a CSV of slide,mpp lines; default: what the files say")
     add("--fov-px", type=int, default=512, help="pixels a side of a parent at 5x: field of view")
     add("--parents", type=int, default=20, help="most 5x parents of a slide")
     add("--min-tissue", type=float, default=0.5, help="least tissue share of a parent")
     add("--seed", type=int, default=0, help="which parents are drawn")
     args = parser.parse_args()
-    with Slide(args.slide, args.mpp) as slide:
-        if args.out is None:
-            describe(slide, args.fov_px)
-            return
+    paths = find_slides(args.slides)
+    mpps = mpp_table(args.mpp, [path.name for path in paths])
+    if args.out is None:
+        describe_all(paths, mpps, args.fov_px)
+        return
+    if len(paths) > 1:
+        raise ValueError(f"--out draws one slide, not the {len(paths)} of {args.slides[0]}")
+    with Slide(paths[0], mpps[paths[0].name]) as slide:
         shape = (args.fov_px, args.parents, args.min_tissue, args.seed)
         bags = choose_parents(slide, *shape)
         if remark := remarks(slide, bags, args.fov_px, args.min_tissue):

@@ -69,8 +69,23 @@ def test_slides_without_parents_and_mistakes(tmp_path):
     r = run(write(tmp_path / "scale.svs", picture(512, 512), downs=(4,), text="Aperio x"))
     assert r.returncode == 1 and "scale.svs (512 x 512, 128 x 128 pixels) does not" in r.stderr
     (tmp_path / "text.svs").write_text("x")
-    cases = ((tmp_path / "text.svs", "text.svs"), (tmp_path / "no.svs", "copy it again"))
+    cases = ((tmp_path / "text.svs", "text.svs"), (tmp_path / "no.svs", "check the path"))
     for path, words in cases:
         r = run(path)
         assert r.returncode == 1 and words in r.stderr
         assert r.stderr.startswith("error: ") and r.stderr.count("\n") == 1
+
+
+def test_a_folder_is_described_slide_by_slide(tmp_path):
+    write(tmp_path / "a.svs", picture(512, 512))
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "b.svs", picture(512, 512), text="Aperio x")
+    r = run(tmp_path)
+    assert r.returncode == 1 and "a.svs" in r.stdout and "a bag: 85" in r.stdout
+    assert "b.svs (512 x 512 pixels) does not" in r.stderr
+    assert r.stderr.endswith("error: 1 of 2 slides cannot be used, see above\n")
+    (tmp_path / "mpp.csv").write_text("slide,mpp\na,0.25\nb,0.5\n")
+    r = run(tmp_path, "--mpp", tmp_path / "mpp.csv")
+    assert r.returncode == 0 and r.stdout.count("a bag: ") == 2 and "a bag: 21 of" in r.stdout
+    r = run(tmp_path, "--out", tmp_path / "p.png")
+    assert r.returncode == 1 and r.stderr.startswith("error: --out draws one slide, not the 2 of")
