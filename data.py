@@ -15,6 +15,7 @@ stain augmentation.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import io
@@ -465,7 +466,7 @@ def count_keywords(bags, captions, missing=0.0):
     valid, untold = int(bags.valid.sum()), []
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in captions.files]
     # Another extractor of keywords counts anew.
-    stamp = [valid, zlib.crc32(Path(text.__file__).read_bytes()), stamp]
+    stamp = [bags.marks, zlib.crc32(Path(text.__file__).read_bytes()), stamp]
 
     def read():
         for i, key in enumerate(progress(bags.keys, "keywords", unit="bag")):
@@ -521,8 +522,9 @@ def open_features(bags, name):
 
 def settle(_):
     """Prepare a loader process: the loop decides when to stop, and comes first on a CPU."""
+    end_with_parent(signal.SIGKILL)
     os.nice(10)
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
 
 
@@ -592,6 +594,12 @@ def lock(folder, name=".lock", wait=False):
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+def end_with_parent(name):
+    """Ask Linux to send this process a signal when its parent ends; elsewhere go without."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, name)  # PR_SET_PDEATHSIG
 
 
 def one_line(words):

@@ -495,29 +495,37 @@ def glance(model, tokenizer, test, train, device="cpu"):
     return out
 
 
+def check_test(test, train=None):
+    """Refuse data.Bags test if nothing can be asked of them, or if train holds their slides."""
+    seen = {*test.slides} & {*train.slides} if train else ()
+    if seen:
+        state = f"{min(seen)} is in {train.folder} and in {test.folder}"
+        raise ValueError(f"{state}, as {len(seen)} slides are: take them out of one")
+    if not questions(test, spread(test, 300))[0] and not text.Captions(test.folder).files:
+        state = f"{test.folder} has neither captions nor a classes.json with truth"
+        raise ValueError(f"{state}: give one of the two, or nothing can be measured")
+
+
 def measure(run, folder=None, device="cpu", most=300, learn=True):
     """Measure a run on shards (its own) -> results.json in the run folder, tables on the screen.
 
     most: test bags that are read; learn: also fit the probe, which takes longer than all else.
     """
-    # Load the run. On other data its results lie in a folder of their own.
+    model, tokenizer = load_run(run, device)
+    # On other data its results lie in a folder of their own.
     own = Path(data.read_json(Path(run) / "config.json")["data"])
     folder = Path(folder or own)
     out = Path(run) if folder.resolve() == own.resolve() else Path(run) / folder.resolve().name
-    model, tokenizer = load_run(run, device)
 
     # Look what can be asked before hours are spent on features.
     inside = (folder / "test").is_dir()
     test = data.Bags(folder / "test" if inside else folder)
     train = data.Bags(folder / "train") if inside and (folder / "train").is_dir() else None
     index = spread(test, most)
+    check_test(test, train)
     facts, templates, labels = questions(test, index)
-    captions = text.Captions(test.folder).files
     if not facts:
-        lack = f"{folder} has no classes.json with truth of its bags"
-        if not captions:
-            raise ValueError(f"{lack}, and {test.folder} no captions: give one of the two")
-        print(f"{lack}: only retrieval is measured")
+        print(f"{folder} has no classes.json with truth of its bags: only retrieval is measured")
 
     # Embed test bags, and half as many training bags to centre scores on and to learn from.
     features = embed(model, test, index, device)
@@ -544,15 +552,14 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
         prompts = {"facts": facts, "templates": templates}
         save_results(out, "zeroshot", found, about | {"prompts": prompts})
 
-    # Ask for the classes by a probe, which must not know the slides that it is measured on.
-    disjoint = train and not set(test.slides) & set(train.slides)
-    if facts and learn and disjoint:
+    # Ask for the classes by a probe.
+    if facts and learn and train:
         known = questions(train, reference["index"])[2]
         found = probe(facts, (reference, known), (features, labels))
         print_scores("linear probe: weighted F1", [(fact, found[fact], "f1") for fact in facts])
         save_results(out, "probe", found, about | {"split": "learned on training bags"})
-    elif facts and not disjoint:
-        print(f"{folder} has no train/ of other slides than test/: the probe is left out")
+    elif facts and not train:
+        print(f"{folder} has no train/: the probe is left out")
 
     # Ask for the captions.
     found = bag_retrieval(model, tokenizer, test, features)

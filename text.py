@@ -117,7 +117,7 @@ DENIAL = re.compile(
     r"|lack of|lacking|(?:free|void|devoid|clear) (?:of|from)|neither|never|unlike|rather than"
     r"|fail(?:s|ed)? to|instead of|compared? (?:this )?(?:with|to)|similar to|mimic(?:s|king)?"
     r"|differentiat\w+ (?:\w+ )?from|rul(?:es?|ing) out|r/o|exclud(?:es?|ing)|if"
-    r"|(?:may|might|could) (?:suggest|indicate))\b"
+    r"|possibl[ey]|probabl[ey]|(?:may|might|could) (?:suggest|indicate))\b"
 )
 # A trigger that denies what stands before it: "mitoses are not identified", "metastasis absent".
 DENIED = re.compile(
@@ -342,7 +342,8 @@ class Captions:
     def _read(self, path):
         bags = {}
         for row in read_captions(path):
-            bags.setdefault(row["key"], [None] * NODES)[row["node"]] = row["caption"] or None
+            caption = (row["caption"] or "").strip() or None
+            bags.setdefault(row["key"], [None] * NODES)[row["node"]] = caption
         return bags
 
 

@@ -185,6 +185,7 @@ def check(cfg):
         (cfg.size not in networks.SIZES, f"--size {cfg.size}: it is one of {[*networks.SIZES]}"),
         (cfg.children not in (1, 2, 4), f"--children is 1, 2 or 4, not {cfg.children}"),
         (cfg.negatives not in ("bag", "batch"), f"--negatives is bag or batch: {cfg.negatives}"),
+        (not 0 <= cfg.missing <= 1, f"--missing is a share of the patches, not {cfg.missing}"),
         (not 0 <= cfg.zoom < 1, f"--zoom is a share of the bag's side below 1, not {cfg.zoom}"),
         (bare, f"the paper preset needs {files}; --vision random tries it without"),
         (cfg.text and not cfg.tokenizer, "--text needs --tokenizer bpe_simple_vocab_16e6.txt.gz"),
@@ -318,15 +319,14 @@ def ask_system(cfg):
     # Loaders hand over each tensor by a file handle.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # A process whose torchrun is gone would train on as an orphan.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        data.end_with_parent(signal.SIGTERM)
+    # Keep what large tensors leave: a CPU pays a tenth of a step for fresh pages.
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        # A process whose torchrun is gone gets SIGTERM: it would train on as an orphan.
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        # Keep what large tensors leave: a CPU pays a tenth of a step for fresh pages.
         if cfg.device == "cpu":
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def check_loaders(batch, cfg):
@@ -472,6 +472,7 @@ def main(argv):
     corpus = data.count_keywords(bags, captions, cfg.missing)
     if cfg.eval_every:  # look now, not after three days
         test, test_captions = data.Bags(folder / "test"), text.Captions(folder / "test")
+        evaluate.check_test(test, bags)
 
     # Model: from a checkpoint, else with what prepare.words or public files have learnt.
     state, path = evaluate.read_checkpoint(run, device)
@@ -537,7 +538,10 @@ def main(argv):
     say(f"{world} x {device}, multiplying matrices at {rate / world / 1e12:.2f} TFLOP/s each")
 
     # A signal only raises a flag. The loop stops after the step, so nothing is half done.
-    stop, signals = [], (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    stop, signals = [], [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    # nohup ignores a closed terminal, but torchrun hands it on.
+    if "TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     usual = [signal.signal(name, lambda *_: stop.append(True)) for name in signals]
     if rank == 0:
         data.write_whole(run / "config.json", json.dumps(vars(cfg), indent=1))

@@ -9,7 +9,6 @@ References: [1] Otsu 1979, thresholds.
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import io
 import json
@@ -205,8 +204,7 @@ def _finished(path, mpp, out, settings):
 def begin_worker(threads, parent):
     """Prepare a worker: it must end with its parent, else it would write into the next call's."""
     torch.set_num_threads(threads)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
+    data.end_with_parent(signal.SIGKILL)
     # The parent may have ended while this one began.
     if os.getppid() != parent:
         os._exit(1)
@@ -306,8 +304,15 @@ def divide(paths, share, patients, out):
     # A checksum of the patient decides, so new slides move no old ones.
     parts = {out / "train": [], out / "test": []}
     for path in paths:
-        part = "test" if zlib.crc32(owner[path.name].encode()) < share * 2**32 else "train"
+        in_test = zlib.crc32(owner[path.name].encode()) < share * 2**32
+        part, other = ("test", "train") if in_test else ("train", "test")
         parts[out / part].append(path)
+        # Another share, or other patients, would put a slide on both sides.
+        if (out / other / f"bags-{slide_key(path)}.index.json").exists():
+            state = f"{path.name} was tiled into {out / other}, and is now of {part}"
+            raise ValueError(
+                f"{state}: repeat --test-share and --patients, or choose another --out"
+            )
     if not all(parts.values()):
         raise ValueError(f"--test-share {share} leaves train or test empty: choose another share")
     return parts
@@ -335,6 +340,8 @@ def main():
     args = vars(parser.parse_args())
     share, patients, out = args.pop("test_share"), args.pop("patients"), Path(args["out"])
     parts = {out: args["slides"]}
+    if patients and not share:
+        raise ValueError("--patients divides slides for --test-share: give both")
     if share:
         paths = find_slides(args["slides"])
         args["mpp"] = mpp_table(args["mpp"], [path.name for path in paths])

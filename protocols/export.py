@@ -35,7 +35,7 @@ license: other
 
 The image and the text tower of a nanoMRPLIP run, an independent MR-PLIP (arXiv 2504.18856), trained
 on {data}, exported on {date}. Its fusion network is not here.
-
+{texts}
 **Intended use**: research. It is no medical device, and not for clinical use. Stains, organs and
 scanners that are not in its training data are untested.
 
@@ -46,6 +46,11 @@ UNI is gated and non-commercial, QuiltNet for research: look at their terms befo
 
 **Numbers**, with the 95 % interval over slides or patients; f1 is weighted, mean is of recalls:
 
+"""
+# Its tokenizer does not clean texts as open_clip's and ours do.
+TEXTS = """
+**Texts** with HTML entities, curly quotes or ligatures get other ids here than in training. First
+clean them as open_clip does: `html.unescape(html.unescape(ftfy.fix_text(text)))`.
 """
 
 
@@ -244,7 +249,8 @@ def write_card(run, model, to):
     said = data.read_json(Path(run) / "config.json").items()
     said = {k: "/".join(Path(x).parts[-2:]) if isinstance(x, str) else x for k, x in said}
     told = dict(said, name=Path(run).resolve().name, date=datetime.date.today())
-    told["library"] = "transformers" if to == "huggingface" else to
+    hugging = to == "huggingface"
+    told |= {"library": "transformers" if hugging else to, "texts": TEXTS if hugging else ""}
     told["settings"] = ", ".join(f"{k} {x}" for k, x in said.items() if x != "")
     told |= {side: said[side] or "no other" for side in ("vision", "text")}
     # Leave out numbers of other weights, and of prompts and pools that are seldom quoted.

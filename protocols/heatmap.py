@@ -177,10 +177,12 @@ def geojson(parents, labels, level, names, s):
     """Outline regions of equal label -> a GeoJSON FeatureCollection of QuPath annotations (str).
 
     parents [(x, y, side)]; labels int [P, N], class or -1, of the nodes of `level`; names of the
-    classes; s [P, N, C]: scores, of which an annotation's measurements hold the means over it.
+    classes; s [P, N, C]: scores above the mean of the slide, which the labels are chosen by. An
+    annotation's measurements hold their means over it.
     """
     grid, (x0, y0, side) = lay_nodes(parents, labels, level, -1)
     scores = [lay_nodes(parents, s[..., c], level, np.nan)[0] for c in range(len(names))]
+    columns = [f"{one_line(name)} above slide mean" for name in names]
     features = []
     # Outline each class; turn cells into pixels of the finest level.
     for c, name in enumerate(map(one_line, names)):
@@ -189,7 +191,7 @@ def geojson(parents, labels, level, names, s):
             x, y = np.array([*region]).T
             means = [round(float(score[y, x].mean()), 4) for score in scores]
             about = {"objectType": "annotation", "classification": kind}
-            about["measurements"] = dict(zip(map(one_line, names), means, strict=True))
+            about["measurements"] = dict(zip(columns, means, strict=True))
             corners = [(np.array(ring) * side + (x0, y0)).tolist() for ring in trace(region)]
             polygon = {"type": "Polygon", "coordinates": corners}
             features.append({"type": "Feature", "geometry": polygon, "properties": about})

@@ -25,6 +25,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 SPLITS |= {"test": "test", "testing": "test"}
 GROUPS = ("patient", "slide", "cluster")
 KINDS = ("file", "label", "caption", "mask")
+# Other tables have other words for these columns.
+WORDS = {"file": FILE, "caption": CAPTION, "slide": ("slide_id",), "patient": ("case_id",)}
 PROMPTS = Path(__file__).with_name("prompts.json")
 
 
@@ -168,9 +170,8 @@ def read_csv(path, needed):
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             names = [name.strip().lower() for name in reader.fieldnames or ()]
-            # Other tables have other words for these two.
-            for column, words in (("file", FILE), ("caption", CAPTION)):
-                other = [name for name in names if name in words]
+            for column, words in WORDS.items():
+                other = [name for name in names if name in words and name not in needed]
                 if other and column not in names:
                     names[names.index(other[0])] = column
             reader.fieldnames = names

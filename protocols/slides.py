@@ -9,15 +9,17 @@ MODEL as in protocols/peers.py; --classes as in protocols/labelled.py. SLIDE is 
 
 --classes pools the best patches of each class, MI-Zero [1], at each magnification and merged, into
 OUT/slides.json. --text lists the places nearest to each text in OUT/places.json. Both draw a
-heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. One text outlines the
-tenth of the patches that is nearest to it. A slide that is done is skipped when the command is
-repeated; one that cannot be read is named and passed over.
+heatmap and outlines for QuPath: OUT/SLIDE.classes.png and .geojson, or .text. A patch belongs to
+the class or text whose cosine is furthest above its mean over the slide; the measurements in QuPath
+tell how far. One text alone outlines the tenth of the patches that is nearest to it. A slide that
+is done is skipped when the command is repeated; one that cannot be read is named and passed over.
 
---labels is a table slide,label[,patient] of slides that prepare.tile has tiled: MI-Zero, a probe of
-mean features and attention MIL (protocols/mil.py), in folds by patient or learned on SHARDS/train
-and measured on SHARDS/test. Results go to OUT/results.json, features to OUT/features. --features
-reads those in place of a model, or what CLAM, TRIDENT and others wrote: a file a slide, .h5, .npz,
-.npy or .pt, with `features` [n, D].
+--labels is a table slide,label[,patient], or CLAM's slide_id,label,case_id, of slides that
+prepare.tile has tiled: MI-Zero, a probe of mean features and attention MIL (protocols/mil.py), in
+folds by patient or learned on SHARDS/train and measured on SHARDS/test. Results go to
+OUT/results.json, features to OUT/features. --features reads those in place of a model, or what
+CLAM, TRIDENT and others wrote: a file a slide, .h5, .hdf5, .npz, .npy or .pt, with `features`
+[n, D].
 
 Shape letters: P parents (5x) of a slide, N = 85 nodes, C classes or texts.
 [1] Lu et al. 2023, MI-Zero.
@@ -44,16 +46,21 @@ SHOWN_J = 10  # the heatmap shows the merged class of the ten best patches
 
 
 # ---- Scores of a slide: s [P, N, C] are cosines, NaN where there is no tissue -------------------
+def above_mean(s, level):
+    """Take off the mean of each class over the nodes of a level -> [P, N, C]."""
+    return s - np.nanmean(s[:, LEVEL == level], (0, 1))
+
+
 def label_nodes(s, level, share=0.1):
     """Choose the class to outline at each node -> int [P, N], -1 for none.
 
-    Of several classes it is the best one, after the mean of each over the slide is taken off. Of a
-    single one, it is the `share` of nodes with the highest scores.
+    s: of `above_mean`. Of several classes it is the best one; of a single one, it is the `share` of
+    nodes with the highest scores.
     """
     use = ~np.isnan(s[..., 0]) & (LEVEL == level)
     labels = np.full(use.shape, -1)
     if use.any() and s.shape[2] > 1:
-        labels[use] = (s[use] - s[use].mean(0)).argmax(-1)
+        labels[use] = s[use].argmax(-1)
     elif use.any():
         labels[use & (s[..., 0] >= np.quantile(s[use], 1 - share))] = 0
     return labels
@@ -132,7 +139,8 @@ def ask_slide(peer, path, mpp, vectors, names, args, out):
             panels = [(f"{names[best]} at {mag}", k, s[..., best]) for k, mag in mags]
         picture = heatmap.draw_heatmap(slide, parents, panels)
     # Write the record last, so that a slide that has one is done.
-    shapes = heatmap.geojson(parents, label_nodes(s, level), level, names, s)
+    above = above_mean(s, level)
+    shapes = heatmap.geojson(parents, label_nodes(above, level), level, names, above)
     data.write_whole(out / f"{slide.name[:230]}.{end}.geojson", shapes)
     heatmap.save(picture, out / f"{slide.name[:230]}.{end}.png")
     return {"parents": len(parents), "found": found}

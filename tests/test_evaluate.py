@@ -336,7 +336,13 @@ def test_shards_without_truth_or_captions_are_refused_unread(
             shutil.copy(path, tmp_path / "lab" / part)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "embed", lambda *_: pytest.fail("read for nothing"))
-        with pytest.raises(ValueError, match="no classes.json .* no captions: give one of the two"):
+        # Slides that were trained on would look well.
+        with pytest.raises(ValueError, match="lab/train and in .*lab/test, as 6 slides are: take"):
+            evaluate.measure(run, tmp_path / "lab", most=4)
+        shutil.rmtree(tmp_path / "lab/train")
+        with pytest.raises(
+            ValueError, match="neither captions nor a classes.json with truth: give"
+        ):
             evaluate.measure(run, tmp_path / "lab", most=4)
 
     # Write a fact of one's own, of the 5x parents.
@@ -346,19 +352,17 @@ def test_shards_without_truth_or_captions_are_refused_unread(
         "templates": ["{}"],
     }
     (tmp_path / "lab/classes.json").write_text(json.dumps(facts))
-    for part in ("train", "test"):
-        for shard in test.shards:
-            rows = []
-            for key in test.keys:
-                if key.startswith(shard.stem.removeprefix("bags-")):
-                    grade = ("low", "high")[test.shards.index(shard) % 2]
-                    rows.append(json.dumps({"key": key, "node": 0, "grade": grade}) + "\n")
-            (tmp_path / "lab" / part / f"{shard.stem}.truth.jsonl").write_text("".join(rows))
+    for shard in test.shards:
+        rows = []
+        for key in test.keys:
+            if key.startswith(shard.stem.removeprefix("bags-")):
+                grade = ("low", "high")[test.shards.index(shard) % 2]
+                rows.append(json.dumps({"key": key, "node": 0, "grade": grade}) + "\n")
+        shard.with_suffix(".truth.jsonl").write_text("".join(rows))
     evaluate.measure(run, tmp_path / "lab", most=12)
     results = json.loads((run / "lab/results.json").read_text())
     assert results["zeroshot"]["grade"]["ensemble"]["bag"]["merged"]["n"] == 12
-    # A probe would know the slides that it is measured on.
-    assert "no train/ of other slides" in capsys.readouterr().out and "probe" not in results
+    assert "no train/: the probe is left out" in capsys.readouterr().out and "probe" not in results
 
     # A folder of shards by itself, and a class that classes.json does not name.
     evaluate.measure(run, tmp_path / "lab/test", most=12)

@@ -149,6 +149,8 @@ def test_a_model_card_goes_along(tmp_path):
     assert "not for clinical use" in card and "UNI is gated and non-commercial" in card
     assert "(image: no other; text: quiltnet/w.bin)" in card and "k_o 8" in card
     assert card.endswith("\n\nnone was measured\n")
+    # Its tokenizer cleans nothing; open_clip's does.
+    assert "here.\n\n**Texts** with HTML entities" in card and "ftfy.fix_text(text)" in card
     # Tell numbers of these weights only.
     row = {"5x": {"f1": 0.8125, "interval": {"f1": [0.7, 0.9]}}}
     found = {"organ": {"ensemble": {"patch": row, "top 10": row}, "single": {"patch": row}}}
@@ -157,6 +159,7 @@ def test_a_model_card_goes_along(tmp_path):
         results = {"about": {"zeroshot": about}, "zeroshot": found}
         (run / "results.json").write_text(json.dumps(results))
         card = write_card(run, model, "open_clip")
+        assert "here.\n\n**Intended use**" in card
         line = "- zeroshot, organ, ensemble, patch, 60 of bags/test: 5x 0.81 (0.70-0.90)\n"
         assert card.count("0.81 (") == card.count(line) == told
 

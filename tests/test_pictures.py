@@ -135,6 +135,11 @@ def test_a_table_says_what_is_known(tmp_path, capsys):
     table.write_text("file,label,group\nx.png,HP,p\ny.png,HP,p\n")
     assert labelled.read_pictures(table).hash != found.hash
     assert "the columns group are not read; --group can" in capsys.readouterr().out
+    # CLAM's words; a column that --group names keeps its own.
+    table.write_text("file,label,slide_id,case_id\nx.png,HP,s,p\ny.png,HP,t,p\n")
+    found = labelled.read_pictures(table)
+    assert (found.by, found.groups) == ("patient", ["p", "p"])
+    assert labelled.read_pictures(table, group="slide_id").groups == ["s", "t"]
     # A caption may hold a comma and a line break.
     table.write_text('file,caption\nx.png,"glands,\nmucin"\n')
     assert labelled.read_pictures(table).captions == ["glands,\nmucin"]
@@ -466,6 +471,9 @@ def test_every_protocol_and_a_broken_picture(run, patches, monkeypatch, capsys):
     assert "1 of 24 pictures have no features, the first" in said.out
     assert "taken for those of lc25000-lung" in said.out
     assert "folds and intervals are by patient\n" in said.out
+    # The table of retrieval has a column of chance, and fits a line.
+    (head,) = [line for line in said.out.splitlines() if "image_to_text_R@1" in line]
+    assert "| chance_R@1 " in head and len(head) <= 100
     found = results(out)
     assert set(found) == {"zeroshot", "probe", "few_shot", "retrieval", "about"}
     (name,) = found["zeroshot"]
@@ -592,11 +600,23 @@ def test_features_made_elsewhere_are_measured(run, patches, monkeypatch, capsys)
     command(monkeypatch, pictures, "--features", patches / "few.npz", *flags, some)
     assert "1 of 24 rows of" in (said := capsys.readouterr().out) and "1 of 24 pictures" in said
     assert results(some)["about"]["probe"]["n"] == 23
+    # Of a picture that could not be read our own files hold NaN.
+    x[0] = np.nan
+    np.savez(patches / "gap.npz", backbone=x[:, None], files=files)
+    command(monkeypatch, pictures, "--features", patches / "gap.npz", *flags, some)
+    assert results(some)["about"]["probe"]["left_out"] == 1
     wrong = {
         "lacks `features`": dict(features=x),
         "a name twice": dict(features=x, files=["a"] * 24),
     }
     wrong["can be read or has features"] = dict(features=x, files=[f"x{i}" for i in range(24)])
+    wrong[r"features \[24, 4, .*: give \[R, D\], of one"] = dict(
+        features=np.stack([x] * 4, 1), files=files
+    )
+    bad = [x.copy(), x.copy()]
+    bad[0][2, 1], bad[1][3] = np.nan, np.inf
+    wrong["no finite numbers: make"] = dict(features=bad[0], files=files)
+    wrong["that are no finite numbers"] = dict(features=bad[1], files=files)
     for message, arrays in wrong.items():
         np.savez(patches / "wrong.npz", **arrays)
         with pytest.raises(ValueError, match=message):
@@ -614,12 +634,15 @@ def test_features_of_every_kind_of_file(tmp_path):
         embed.read_features(tmp_path / "x.npz", ("features",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "h5py", None)
-        with pytest.raises(ValueError, match="x.h5 needs h5py: `pip install h5py`"):
-            embed.read_features(tmp_path / "x.h5", ("features",))
+        for name in ("x.h5", "x.hdf5"):
+            with pytest.raises(ValueError, match=f"{name} needs h5py: `pip install h5py`"):
+                embed.read_features(tmp_path / name, ("features",))
     h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["features"], file["coords"] = x, np.zeros((4, 2), int)
-    assert (embed.read_features(tmp_path / "x.h5", ("features", "files"))["features"] == x).all()
+    for name in ("x.h5", "x.hdf5"):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["features"], file["coords"] = x, np.zeros((4, 2), int)
+        stored = embed.read_features(tmp_path / name, ("features", "files"))
+        assert (stored["features"] == x).all()
 
 
 def test_bad_input_is_one_sentence(run, patches, monkeypatch):  # noqa: F811

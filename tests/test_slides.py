@@ -85,11 +85,22 @@ def test_attention_finds_the_patch_that_matters():
 def test_nodes_are_labelled_against_the_mean_of_the_slide():
     s = np.full((1, 85, 2), np.nan)
     s[0, 1:5] = [[0.9, 0.5], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]
-    labels = slides.label_nodes(s, 1)
+    # Another level does not count.
+    s[0, 5:21] = [0, 9]
+    above = slides.above_mean(s, 1)
+    labels = slides.label_nodes(above, 1)
     # The first class is always ahead, but only the second one varies.
     assert labels[0, 1:5].tolist() == [1, 0, 0, 0] and (np.delete(labels[0], range(1, 5)) < 0).all()
-    one = slides.label_nodes(s[..., 1:], 1, share=0.25)
+    one = slides.label_nodes(above[..., 1:], 1, share=0.25)
     assert one[0, 1:5].tolist() == [0, -1, -1, -1]
+    # The measurement that a label is chosen by is the highest one.
+    shapes = json.loads(heatmap.geojson([(0, 0, 80)], labels, 1, ["a", "b"], above))["features"]
+    assert [shape["properties"]["classification"]["name"] for shape in shapes] == ["a", "b"]
+    for shape, told in zip(shapes, ([0, -0.1], [0, 0.3]), strict=True):
+        keys = ["a above slide mean", "b above slide mean"]
+        assert shape["properties"]["measurements"] == pytest.approx(
+            dict(zip(keys, told, strict=True))
+        )
     places = slides.best_places(s, [(100, 200, 80)], 1, ["a", "b"], most=9)
     assert len(places["a"]) == 4
     assert places["b"][0] == {"x": 100, "y": 200, "side": 40, "cosine": 0.5}
@@ -158,7 +169,8 @@ def test_geojson_lies_where_the_nodes_lie():
     assert b["geometry"]["coordinates"] == [square]
     assert b["properties"]["classification"]["name"] == "b"
     # QuPath shows the mean scores of an annotation as its measurements.
-    assert b["properties"]["measurements"] == {"a": 0, "b": 2.5}
+    told = b["properties"]["measurements"]
+    assert told == {"a above slide mean": 0, "b above slide mean": 2.5}
 
 
 def test_colours_rise_in_brightness():
@@ -218,6 +230,9 @@ def test_a_slide_goes_in_and_outlines_come_out(run, world, tmp_path, monkeypatch
             # Outer rings run one way, holes the other.
             assert (ring_area(ring) > 0) == (k == 0)
             area += ring_area(ring)
+        told = feature["properties"]["measurements"]
+        label = feature["properties"]["classification"]["name"]
+        assert max(told.values()) == told[f"{label} above slide mean"]
     # Every 20x patch with tissue is in exactly one outline, and nothing else is.
     patches = (~np.isnan(s[:, data.LEVEL == 2, 0])).sum()
     assert area == pytest.approx(patches * side**2)
@@ -315,7 +330,8 @@ def test_features_of_slides_made_elsewhere(run, world, tmp_path, monkeypatch, ca
     monkeypatch.setattr(mil, "fit_mil", partial(mil.fit_mil, epochs=1))
     names = sorted(set(data.Bags(world / "train").slides))
     rows = [f"{name},{'ab'[i % 2]},p{i}\n" for i, name in enumerate(names)]
-    (tmp_path / "labels.csv").write_text("slide,label,patient\n" + "".join(rows))
+    # CLAM's headings.
+    (tmp_path / "labels.csv").write_text("slide_id,label,case_id\n" + "".join(rows))
     argv = ["--labels", tmp_path / "labels.csv", "--folds", 3, "--out"]
     command(monkeypatch, run, "--data", world / "train", *argv, tmp_path / "own")
     command(monkeypatch, "--features", tmp_path / "own/features", *argv, tmp_path / "again")
@@ -339,6 +355,12 @@ def test_features_of_slides_made_elsewhere(run, world, tmp_path, monkeypatch, ca
     assert found["mil"]["theirs"]["whole"]["n"] == len(names)
     assert found["slide_probe"]["theirs"]["whole"]["accuracy"] == 1
     assert found["about"]["mil"]["model"] == "theirs"
+    assert found["mil"]["theirs"]["whole"]["groups"] == len(names)
+    # A folder above them is told where they lie.
+    (tmp_path / "empty").mkdir()
+    for name, remedy in ((".", "give .*/own/features$"), ("empty", "give a folder that does$")):
+        with pytest.raises(ValueError, match=f"itself holds no features .*: {remedy}"):
+            mil.list_features(tmp_path / name)
     np.save(folder / f"{names[0]}.npy", x[:, :2])
     with pytest.raises(ValueError, match="are of one slide: keep one"):
         command(monkeypatch, "--features", folder, *argv, tmp_path / "out")

@@ -43,9 +43,9 @@ def launch(nproc):
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", *where]
 
 
-def run(*argv):
+def run(*argv, check=True):
     """Run train.py in a process of its own, from the repository's root."""
-    return script("train.py", *argv, timeout=120, check=True)
+    return script("train.py", *argv, timeout=120, check=check)
 
 
 def run_two(*argv, before=lambda: None):
@@ -103,6 +103,7 @@ def test_flags_parse_by_type_and_mistakes_are_named():
         (["--bags", "0"], ">= 1"),
         (["--negatives", "x"], "bag or batch"),
         (["--zoom", "1"], "zoom"),
+        (["--missing", "nan"], "share of the patches"),
         (["--save_every", "0"], ">= 1"),
         (["--pairs", "0"], "pairs"),
     ):
@@ -372,9 +373,9 @@ def test_one_dying_process_ends_the_others_and_says_why(world, tmp_path):
     assert re.search(rf"error: .*tar.*{bags.keys[index]}.* damaged", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 def test_a_signal_to_torchrun_loses_nothing_and_leaves_no_orphan(world, tmp_path, name):
-    """torchrun dies of them: its process hears of that, saves and leaves."""
+    """torchrun dies of the one, and hands the other on: its process saves and leaves."""
     out = tmp_path / "x"
     argv = ["--data", world, "--out", out, "--steps", 100000, *SMALL, "--save_every", 100000]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -452,9 +453,18 @@ def test_loaders_that_would_wait_for_ever_are_refused(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=31_999))
     with pytest.raises(ValueError, match="--shm-size.*--workers"):
-        train.check_shared_memory(batch, cfg)
+        train.check_loaders(batch, cfg)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=32_000))
-    train.check_shared_memory(batch, cfg)
+    train.check_loaders(batch, cfg)
+    # Handles of files: 4 batches a loader.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (95, most[1]))
+        with pytest.raises(ValueError, match="need 96 open files, the system allows 95: raise it"):
+            train.check_loaders(batch, cfg)
+        train.check_loaders(batch, dataclasses.replace(cfg, workers=0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 def test_a_lost_tokenizer_and_a_flipped_bit_are_no_loss(world, tmp_path, capsys):
