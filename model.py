@@ -424,7 +424,9 @@ def read_weights(file, state=None):
         assert state and all(isinstance(x, torch.Tensor) for x in state.values()), "not tensors"
     except Exception as e:  # a wrong file raises almost anything
         reason = str(e).strip().split("\n")[0][:120]
-        remedy = "python -m protocols.peers rewrites safetensors"
+        remedy = "get it again, or let `python -m protocols.peers` rewrite safetensors"
+        if "TorchScript" in str(e):
+            reason, remedy = "it is TorchScript", "README tells how to save its state_dict()"
         raise ValueError(f"{file} holds no weights saved by torch ({reason}): {remedy}") from e
     if any("lora_" in name for name in state):
         raise ValueError(f"{file} holds LoRA adapters: merge them first (peft: merge_and_unload)")
@@ -473,7 +475,8 @@ def check_tower(tower, file):
             wrong = f"{key} {value}, not {ours[key]}"
             raise ValueError(f"{file}: its config says {wrong}: take another --size or flag")
     if not said.keys() & ours.keys() and rank() == 0:
-        print(f"{file}: no config tells its {side} tower, so {heads} heads and {act}")
+        pixels = f", mean {tower.stats[0]}" if side == "vision" else ""
+        print(f"{file}: no config tells its {side} tower, so {heads} heads, {act}{pixels}")
 
 
 # Parameter names of open_clip and OpenAI -> ours, applied in order.
@@ -500,7 +503,9 @@ def split_clip(state, file):
         text["token_embedding.weight"] = text["token_embedding.weight"].float()
         vision["pos_embed"] = vision.pop("positional_embedding")[None]
     except KeyError as e:
-        raise ValueError(f"{file} is no CLIP in the names of open_clip ({e} is missing)") from e
+        remedy = "a ViT takes --vit or --size paper, any other model --features"
+        said = f"{file} is no CLIP in the names of open_clip ({e} is missing)"
+        raise ValueError(f"{said}: {remedy}") from e
     return vision, text
 
 
@@ -521,7 +526,8 @@ def fill(module, state, file):
         module.load_state_dict(state)
     except (RuntimeError, IndexError) as e:
         reasons = " ".join(line[:150] for line in str(e).split("\n\t")[1:3]) or e
-        raise ValueError(f"{file} holds another network than this one: {reasons}") from e
+        remedy = "take another --size, or measure its features by --features"
+        raise ValueError(f"{file} holds another network than this one ({reasons}): {remedy}") from e
     return module
 
 

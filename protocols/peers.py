@@ -82,7 +82,7 @@ def from_huggingface(state):
 
 def read_state(path):
     """Read weights of torch or safetensors -> dict of tensors; a CLIP's names are open_clip's."""
-    safe = str(path).endswith(".safetensors")
+    safe = str(path).endswith(".safetensors") and Path(path).exists()
     state = networks.read_weights(path, read_safetensors(path) if safe else None)
     try:
         hugging = any(name.startswith("vision_model.") for name in state)
@@ -128,9 +128,12 @@ def load_vit(state, size=None, file="the state dict", quick=None, **more):
     try:
         width, _, _, patch = state["patch_embed.proj.weight"].shape
         size = size or math.isqrt(state["pos_embed"].shape[1] - 1) * patch
+        if "reg_token" in state:
+            raise KeyError("network without registers")
     except (KeyError, ValueError, IndexError) as e:
         first = f"there is no {e}, but {next(iter(state), '')}"
-        raise ValueError(f"{file} is not a plain ViT with a class token: {first}") from e
+        state = f"{file} is not a plain ViT with a class token ({first})"
+        raise ValueError(f"{state}: a CLIP takes --clip, any other model --features") from e
     more["layer_scale"] = 1e-5 if "blocks.0.ls1.gamma" in state else 0.0
     more |= choose(state, file, "vision", width, quick)
     vit = networks.fill(networks.ViT(size, patch, width, **more), state, file)
@@ -239,6 +242,7 @@ def load(args, device="cpu"):
     if tokenizer and towers.text.end != tokenizer.end:
         raise ValueError(f"{file} belongs to another tokenizer than {args.tokenizer}")
     for name, values in pixels.items():
+        print(f"{file}: its {name} is that of --{name}")
         getattr(towers.vision, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
     # Where every model's file is called so, its folder names it.
     path = Path(file or "random").resolve()
