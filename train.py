@@ -640,7 +640,7 @@ def main(argv):
     elif rank == 0:
         if cfg.eval_every:
             evaluate.measure(run, folder, device, learn=False)
-            say(f"python evaluate.py {run} also fits a linear probe")
+            say(f"python evaluate.py {run} also fits a linear probe, if classes are known")
         data.write_whole(run / "finished", str(step))
     if rank == 0:
         close_log()

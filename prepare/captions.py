@@ -358,6 +358,8 @@ def read_record(place, record):
     except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
         columns = '"key", "slide" or "image", a "caption", perhaps a "node"'
         found = ", ".join(map(str, record)) if isinstance(record, dict) else str(record)
+        if "wsi_id" in found:
+            columns += " (`pathgen` reads the list of PathGen-1.6M)"
         raise ValueError(f"{place}: expected {columns}, not {found[:100]}") from None
 
 
@@ -386,7 +388,7 @@ def match_captions(source, bags):
     if strangers:
         shown = ", ".join(list(strangers)[:5])
         count = f"{strangers.total()} records of {len(strangers)} names"
-        told = f"{source}: {count} fit no bag, as {shown}"
+        told = f"{source}: {count} fit no bag of {bags.folder}, as {shown}"
         print(f"{told} (a node, 0 to 84, goes with a bag)", file=sys.stderr)
     if seconds:
         print(f"{source}: {seconds} second captions of one place are left out", file=sys.stderr)

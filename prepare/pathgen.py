@@ -127,7 +127,7 @@ def make_bags(source, slides, out, mpp=None, fov_px=SQUARE, patch_px=224):
     wanted = read_list(source)
     paths = [path for path in find_slides(slides) if bare(path.name) in wanted]
     if not paths:
-        raise ValueError(f"{slides} holds none of the {len(wanted)} slides of {source}: fetch some")
+        raise ValueError(f"--slides has none of the {len(wanted)} slides of {source}: fetch some")
     mpps = mpp_table(mpp, [path.name for path in paths])
     settings = dict(fov_px=fov_px, patch_px=patch_px, quality=90, source="pathgen")
     captions = []

@@ -298,9 +298,14 @@ def divide(paths, share, patients, out):
     """Divide slides by patient, the same way each time -> {OUT/train: paths, OUT/test: paths}."""
     names = [path.name for path in paths]
     # TCGA-XX-YYYY begins the names of a patient's slides. Others are patients of their own.
-    owner = {name: re.sub(r"^(TCGA-..-....)-.*", r"\1", name) for name in names}
+    owner = {name: re.sub(r"^(TCGA-..-....)-.*", r"\1", name, flags=re.I) for name in names}
     if patients:
-        owner |= read_column(patients, names, r"[^,]+", str.strip)
+        found = read_column(patients, names, r"[^,]+", str.strip)
+        owner |= found
+        if len(found) < len(names):
+            first = min({*names} - {*found})
+            told = f"{patients} lacks {len(names) - len(found)} of {len(names)} slides, as {first}"
+            print(f"{told}: each is taken for a patient of its own", file=sys.stderr)
     # A checksum of the patient decides, so new slides move no old ones.
     parts = {out / "train": [], out / "test": []}
     for path in paths:
@@ -314,7 +319,8 @@ def divide(paths, share, patients, out):
                 f"{state}: repeat --test-share and --patients, or choose another --out"
             )
     if not all(parts.values()):
-        raise ValueError(f"--test-share {share} leaves train or test empty: choose another share")
+        why = "a checksum deals out the patients, and leaves train or test empty"
+        raise ValueError(f"--test-share {share}: {why}: choose another share")
     return parts
 
 

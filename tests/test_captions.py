@@ -229,7 +229,7 @@ def test_what_a_model_refuses_for_ever_does_not_block_the_road(fresh, serve, tmp
     read = script("prepare.captions", "read", tmp_path / "x.jsonl", "--shards", fresh)
     assert read.returncode == 0, read.stderr
     assert f"1 captions filled in; {len(before)} were there" not in read.stdout
-    assert "1 records of 1 names fit no bag, as z" in read.stderr
+    assert "1 records of 1 names fit no bag of " in read.stderr
     assert (
         f"{count - 1} of {total(fresh)} patches in {fresh} have no caption: `train" in read.stdout
     )
@@ -492,7 +492,7 @@ def test_read_tells_nodes_of_image_bag_and_slide(fresh, tmp_path, capsys):
     source.write_text('{"slide": "c.svs", "caption": "fat"}\n')
     with pytest.raises(ValueError, match="slides.jsonl has no caption for these bags"):
         captions.read(source, fresh)
-    assert "1 records of 1 names fit no bag, as c.svs" in capsys.readouterr().err
+    assert f"1 records of 1 names fit no bag of {fresh}, as c.svs" in capsys.readouterr().err
     assert not list(fresh.glob("*.captions.jsonl"))
     source.write_text('{"slide": "a.svs", "title_en": "Fat", "organ_en": "", "note": "a wall."}\n')
     captions.read(source, fresh)
@@ -513,7 +513,7 @@ def test_read_tells_nodes_of_image_bag_and_slide(fresh, tmp_path, capsys):
     )
     captions.read(source, fresh)
     said = capsys.readouterr().err
-    assert "3 records of 2 names fit no bag, as a-00, a.b (a node" in said
+    assert f"3 records of 2 names fit no bag of {fresh}, as a-00, a.b (a node" in said
     assert "1 second captions of one place are left out" in said
     found = told(fresh)
     assert found["a-01", 3] == ("a slide", "slide")
@@ -572,6 +572,7 @@ def test_tables_in_their_usual_forms_are_read(name, content, fresh, tmp_path):
     "content,words",
     [
         ('{"slide": "a.svs", "words": "fat"}', 'expected "key", "slide" .*not slide, words'),
+        ('{"wsi_id": "a", "position": [1, 2], "caption": "x"}', "`pathgen` reads the list"),
         ('{"slide": ', "x.jsonl:1: not JSON"),
         ('{"slide": "a.svs", "caption": "x", "node": 1.7}', "x.jsonl:1: expected"),
         ('{"slide": "a.svs", "caption": "x", "node": Infinity}', "x.jsonl:1: expected"),
@@ -692,7 +693,9 @@ def test_pathgen_makes_bags_and_captions(tmp_path, capsys):
 def test_what_is_not_pathgens_list_is_one_sentence(content, tmp_path):
     (tmp_path / "list.json").write_text(content)
     write_slide(tmp_path / "b.svs", 512, 0.25)
-    with pytest.raises(ValueError, match="list.json is not PathGen's list|holds none of the"):
+    with pytest.raises(
+        ValueError, match="list.json is not PathGen's list|--slides has none of the"
+    ):
         pathgen.make_bags(tmp_path / "list.json", tmp_path, tmp_path / "out")
 
 

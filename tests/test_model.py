@@ -462,7 +462,10 @@ def test_a_file_that_is_no_weights_is_one_sentence(tmp_path):
         assert "\n" not in str(error.value)
     torch.jit.script(nn.Linear(2, 2)).save(path)
     with pytest.raises(ValueError, match=r"x.bin .*it is TorchScript.*README tells"):
-        peers.read_state(tmp_path / "nowhere.safetensors")
+        networks.read_weights(path)
+    for name in ("nowhere.bin", "nowhere.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} .*No such file or directory.*: get it again"):
+            peers.read_state(tmp_path / name)
 
 
 STARTS = "module. model. _orig_mod. _orig_mod.module.model. base_model.model. module.backbone."

@@ -392,8 +392,19 @@ def test_slides_are_divided_by_patient_the_same_way_each_time(tmp_path):
         assert f"{len(parts[part])} bags from {len(parts[part])} of" in r.stdout
     assert parts["train"] | parts["test"] == set(range(8)) and min(map(len, parts.values())) > 0
     assert {i // 2 for i in parts["train"]}.isdisjoint({i // 2 for i in parts["test"]})
+    # The same again is done; another share would put a slide on both sides.
+    again = cli(slides, *more, "--test-share", 0.4, "--patients", table, check=True)
+    assert "lacks" not in again.stderr
+    table.write_text("slide,patient\ns0,p0\n")
+    r = cli(slides, *more, "--test-share", 0.99, "--patients", table)
+    assert "patients.csv lacks 7 of 8 slides, as s1.svs: each is taken for a patient" in r.stderr
+    assert re.search(
+        r"error: s\d.svs was tiled into .*out/train, and is now of test: repeat", r.stderr
+    )
+    r = cli(slides, *more, "--patients", table)
+    assert r.returncode == 1 and "--patients divides slides for --test-share: give both" in r.stderr
     # A patient of TCGA is in the name; others are alone.
-    names = [Path(f"TCGA-A{i % 3}-000{i % 3}-01Z-00-DX{i}.svs") for i in range(9)]
+    names = [Path(f"TCGA-a{i % 3}-000{i % 3}-01Z-00-DX{i}.svs") for i in range(9)]
     for seed in ("", "x"):
         divided = divide([*names, Path(f"{seed}b.svs")], 0.5, None, Path("o"))
         sides = [{name.name[:12] for name in slides} for slides in divided.values()]
