@@ -233,18 +233,6 @@ def flip(patches, flips):
     return torch.where(flips & 2 > 0, patches.flip(-2), patches)
 
 
-def zoom(images, window):
-    """Enlarge a square of each bag to the whole: uint8 [B, 3, n, n] -> the same, bilinear."""
-    # window [B, 3] holds side, top and left as shares. A side s makes 5x to 5x / s.
-    side, top, left = window.float().unbind(1)
-    zero = torch.zeros_like(side)
-    # Map output to input coordinates, both from -1 to 1.
-    theta = torch.stack([side, zero, 2 * left + side - 1, zero, side, 2 * top + side - 1], 1)
-    grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False)
-    near = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return near.round().clamp(0, 255).to(torch.uint8)
-
-
 # Optical density of haematoxylin, eosin and a residual in red, green and blue [2]. The inverse is
 # taken here, because a GPU would wait for it.
 HED = [[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]]
@@ -271,14 +259,12 @@ def stain_jitter(patches, strength, rand):
 def augment(batch, jitter):
     """Cut, turn and stain a batch on its device -> patches [B, N, 3, S, S] in [0, 1].
 
-    batch: "pixels" uint8 [B, 3, 8S, 8S], "nodes" [B, N]; optional "window" [B, 3], "flips" [B],
-    "stain" [B, 2, 3]. jitter: strength of the stain jitter.
+    batch: "pixels" uint8 [B, 3, 8S, 8S], "nodes" [B, N]; optional "flips" [B], "stain" [B, 2, 3].
+    jitter: strength of the stain jitter.
     """
     pixels = batch["pixels"]
     # Colours need float32: bfloat16 is no finer than a byte.
     with torch.autocast(pixels.device.type, enabled=False):
-        if "window" in batch:
-            pixels = zoom(pixels, batch["window"])
         patches = pyramid(pixels, batch["nodes"])
         if "flips" in batch:
             patches = flip(patches, batch["flips"])
@@ -293,8 +279,8 @@ def augment(batch, jitter):
 class Batches(Dataset):
     """Build micro-batch i: the rows of this process, B of the G bags of all processes.
 
-    pixels         [B, 3, 8S, 8S] uint8   the bags, with stain [B, 2, 3], flips [B], window [B, 3],
-                                          of which augment makes the patches
+    pixels         [B, 3, 8S, 8S] uint8   the bags, with stain [B, 2, 3] and flips [B], of which
+                                          augment makes the patches
     patches        [B, N, 3, S, S]        what the networks read: made here if there is no GPU, else
                                           by to_device
     tokens         [B, N, V, Dv] float16  in place of pixels: cached features
@@ -367,10 +353,6 @@ class Batches(Dataset):
             batch["flips"] = torch.randint(0, 8, (G,), generator=g)[mine]
         if cfg.jitter:
             batch["stain"] = torch.rand(G, 2, 3, generator=g)[mine]
-        if cfg.zoom:
-            side = 1 - cfg.zoom * torch.rand(G, 1, generator=g)
-            corner = (1 - side) * torch.rand(G, 2, generator=g)
-            batch["window"] = torch.cat([side, corner], 1)[mine]  # side, top, left
         batch["pixels"] = torch.stack([self.read_pixels(j) for j in index])
         if self.augments:
             batch["patches"] = augment(batch, cfg.jitter)

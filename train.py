@@ -74,7 +74,6 @@ class Config:
     keywords: int = 24  # keywords of a bag at most
     flips: bool = True  # turn and mirror the bags
     jitter: float = 0.2  # stain augmentation: relative change of haematoxylin and eosin
-    zoom: float = 0.0  # enlarge a random square of the bag, of side 1 - zoom at least
     cache: bool = False  # train on features of prepare.features: no pixels, so no augmentation
     workers: int = 1  # loader processes of each process
     # objective: the weight of each loss, where 0 removes it and its cost; then its settings
@@ -186,11 +185,9 @@ def check(cfg):
         (cfg.children not in (1, 2, 4), f"--children is 1, 2 or 4, not {cfg.children}"),
         (cfg.negatives not in ("bag", "batch"), f"--negatives is bag or batch: {cfg.negatives}"),
         (not 0 <= cfg.missing <= 1, f"--missing is a share of the patches, not {cfg.missing}"),
-        (not 0 <= cfg.zoom < 1, f"--zoom is a share of the bag's side below 1, not {cfg.zoom}"),
         (bare, f"the paper preset needs {files}; --vision random tries it without"),
         (cfg.text and not cfg.tokenizer, "--text needs --tokenizer bpe_simple_vocab_16e6.txt.gz"),
-        (cfg.cache and (cfg.zoom or not cfg.freeze_vision),
-         "--cache needs --freeze_vision true and no --zoom: features are fixed"),
+        (cfg.cache and not cfg.freeze_vision, "--cache needs --freeze_vision true"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(sentence)

@@ -89,10 +89,10 @@ def test_weights_give_each_magnification_or_each_node_the_same(parts):
 @pytest.mark.parametrize("children, pairs", [("1", "0.5"), ("2", "4")])
 def test_processes_have_together_what_one_would(parts, children, pairs, negatives):
     argv = ["--bags", "8", "--children", children, "--pairs", pairs, "--negatives", negatives]
-    argv += ["--own_captions", "0.1", "--steps", "40", "--zoom", "0.3"]
+    argv += ["--own_captions", "0.1", "--steps", "40"]
     whole = build(parts, *argv)[6]
     N = whole["nodes"].shape[1]
-    rows = """bag nodes valid weight flips stain window pixels free own w_valid rand_mask
+    rows = """bag nodes valid weight flips stain pixels free own w_valid rand_mask
     rand_prefix rand_negative""".split()
     assert whole["free"].any() and not whole["free"].all()
     for world in (2, 4):
@@ -146,27 +146,11 @@ def test_without_a_gpu_the_loader_augments(parts):
 
 
 def test_augmentation_keeps_its_digits_under_autocast(parts):
-    batch = build(parts, "--zoom", "0.3")[1]
+    batch = build(parts)[1]
     with torch.autocast("cpu", torch.bfloat16):
         patches = data.augment(batch, 0.2)
     assert torch.equal(patches, data.augment(batch, 0.2))
     assert len(patches[0, 0].unique()) > 1000  # bf16 has 256 values between 1/2 and 1
-
-
-def test_zoom_enlarges_a_square_of_the_bag(parts):
-    batch = build(parts, "--flips", "false", "--jitter", "0", "--zoom", "0.5")[3]
-    window = batch["window"]
-    side, corner = window[:, :1], window[:, 1:]
-    assert (side > 0.5).all() and (side <= 1).all()
-    assert (corner >= 0).all() and (corner + side <= 1).all()
-    b = int(side.argmin())
-    image = batch["pixels"][b].float()
-    s, y, x = (int(round(v * image.shape[-1])) for v in window[b].tolist())
-    cut = image[None, :, y : y + s, x : x + s]
-    want = torch.nn.functional.interpolate(cut, size=(64, 64), mode="area")[0] / 255
-    found = data.augment(batch, 0.0)[b, 0]
-    plain = data.pyramid(batch["pixels"], batch["nodes"])[b, 0]
-    assert (found - want).abs().mean() < 0.02 < (plain - want).abs().mean()
 
 
 def test_a_missing_caption_is_named_and_counts_are_kept(parts, tmp_path, world):

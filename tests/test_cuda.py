@@ -199,7 +199,7 @@ def main(folder):
     data.flip = lambda patches, flips: flip(patches, flips)[flips > 3]
     case("in augment", usual)
     data.flip = flip
-    case("one bag", on_gpu(*build(folder, "--bags", "1", "--zoom", "0.3")))
+    case("one bag", on_gpu(*build(folder, "--bags", "1")))
     case("batch", on_gpu(*build(folder, "--negatives", "batch", "--near", "0.95")))
     del kept
 

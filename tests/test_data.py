@@ -211,22 +211,6 @@ def test_flipping_patches_is_flipping_the_bag():
     assert len({bytes(x.numpy()) for x in one}) == 8
 
 
-def test_zoom_by_hand():
-    images = random_bags()
-    whole = torch.tensor([[1.0, 0.0, 0.0]]).expand(4, 3)
-    assert torch.equal(data.zoom(images, whole), images)
-    flat = images.new_zeros(1, 3, 32, 32)
-    # The square of half the side, a quarter down and half across.
-    flat[..., 8:24, 16:32] = 200
-    inner = data.zoom(flat, torch.tensor([[0.5, 0.25, 0.5]]))[..., 1:-1, 1:-1]
-    assert (inner == 200).all()
-    quarter = data.zoom(images, torch.tensor([[0.5, 0.0, 0.5]]).expand(4, 3)).float()
-    box = images[:, :, :16, 16:].float()
-    want = torch.nn.functional.interpolate(box, size=(32, 32), mode="bilinear")
-    # At its border it may look beyond the square.
-    assert (quarter - want).abs()[..., 1:-1, 1:-1].max() <= 0.51
-
-
 def test_stain_jitter():
     patches = data.pyramid(random_bags())
     rand = torch.rand(len(patches), 2, 3, generator=torch.Generator().manual_seed(1))
@@ -248,9 +232,7 @@ def test_stain_jitter():
 
 def make_batch(B=4, b=2):
     g = torch.Generator().manual_seed(2)
-    side = 1 - 0.3 * torch.rand(B, 1, generator=g)
-    window = torch.cat([side, (1 - side) * torch.rand(B, 2, generator=g)], 1)
-    batch = dict(pixels=random_bags(B), nodes=data.sample_nodes(B, b, g), window=window)
+    batch = dict(pixels=random_bags(B), nodes=data.sample_nodes(B, b, g))
     return batch | dict(flips=torch.arange(B) % 8, stain=torch.rand(B, 2, 3, generator=g))
 
 
@@ -259,8 +241,7 @@ def test_augment_is_its_parts():
     plain = {k: batch[k] for k in ("pixels", "nodes")}
     patches = data.pyramid(batch["pixels"], batch["nodes"])
     assert torch.equal(data.augment(plain, 0.1), patches)
-    cut = data.pyramid(data.zoom(batch["pixels"], batch["window"]), batch["nodes"])
-    want = data.stain_jitter(data.flip(cut, batch["flips"]), 0.1, batch["stain"])
+    want = data.stain_jitter(data.flip(patches, batch["flips"]), 0.1, batch["stain"])
     assert torch.equal(data.augment(batch, 0.1), want)
     # Autocast would round the colours to 8 bits.
     with torch.autocast("cpu", torch.bfloat16):

@@ -392,7 +392,6 @@ def test_augmentation_is_exact_under_autocast():
         "nodes": data.sample_nodes(2, 4, g),
         "flips": torch.tensor([3, 6]),
         "stain": torch.rand(2, 2, 3, generator=g),
-        "window": torch.tensor([[0.7, 0.1, 0.2], [0.9, 0.0, 0.1]]),
     }
     exact = data.augment(batch, 0.2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -442,7 +441,7 @@ def toy_batches(**other):
         captions[key] = said
     tokenizer = text.Tokenizer.train(words * 3, 530)
     corpus = text.count_corpus(captions["slide-00"])
-    cfg = settings(zoom=0.1, jitter=0.2, pairs=2.0, **other)
+    cfg = settings(jitter=0.2, pairs=2.0, **other)
     return data.Batches(ToyBags(), captions, tokenizer, corpus, cfg, 24)
 
 
@@ -477,7 +476,7 @@ def test_the_docstring_of_batches_is_true():
     # The batch of these tests is one of them.
     toy = a_batch()
     check_documented(toy, sizes | dict(context=12, U=len(toy["keywords"])))
-    assert toy.keys() == (real.keys() | {"patches"}) - {"pixels", "flips", "stain", "window"}
+    assert toy.keys() == (real.keys() | {"patches"}) - {"pixels", "flips", "stain"}
     for name in toy.keys() - {"patches"}:
         assert toy[name].dtype == real[name].dtype, name
     share = torch.tensor([1.0] + [1 / 2] * 2 + [1 / 4] * 4 + [1 / 8] * 8)
@@ -506,7 +505,7 @@ def test_a_batch_of_the_loader_goes_through_the_objective():
     assert all(x.isfinite() for x in (*parts.values(), *seen.values()))
 
 
-@pytest.mark.parametrize("name", ["flips", "stain", "window"])
+@pytest.mark.parametrize("name", ["flips", "stain"])
 def test_each_draw_of_the_augmentation_is_used(name):
     batches = toy_batches()
     batch = batches[0]

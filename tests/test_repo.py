@@ -232,7 +232,7 @@ def test_the_slurm_script_runs(world, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
-@pytest.mark.parametrize("name", ["coattention", "momentum"])
+@pytest.mark.parametrize("name", ["coattention", "momentum", "zoom"])
 def test_the_diffs_apply_and_train_ten_steps(name, world, tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
@@ -243,8 +243,7 @@ def test_the_diffs_apply_and_train_ten_steps(name, world, tmp_path):
     code = size + "import sys, train; train.main(sys.argv[1:])"
     argv = ["--data", world, "--out", tmp_path / "x", "--steps", 10, "--bags", 4, "--init", "none"]
     argv += ["--eval_every", 0, "--workers", 0, "--device", "cpu", "--log_every", 1, "--warmup", 2]
-    if name == "momentum":
-        argv += ["--alpha", 0.4, "--queue", 50]
+    argv += {"momentum": ["--alpha", 0.4, "--queue", 50], "zoom": ["--zoom", 0.3]}.get(name, [])
     command = [sys.executable, "-c", code, *map(str, argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -102,7 +102,6 @@ def test_flags_parse_by_type_and_mistakes_are_named():
         (["--cache", "true"], "needs --freeze_vision"),
         (["--bags", "0"], ">= 1"),
         (["--negatives", "x"], "bag or batch"),
-        (["--zoom", "1"], "zoom"),
         (["--missing", "nan"], "share of the patches"),
         (["--save_every", "0"], ">= 1"),
         (["--pairs", "0"], "pairs"),
