@@ -1,37 +1,42 @@
 """Try dev/gpu.py on a CPU at small size and without imagecodecs: pytest tests/test_gpu.py"""
 
-import os
-import subprocess
+import importlib
 import sys
-from pathlib import Path
 
 import torch
+from conftest import Script
 
 from dev import gpu
 
-ROOT = Path(__file__).resolve().parent.parent
+OURS = "text data model losses evaluate train prepare protocols dev".split()
 # All but the tests, which run here anyway.
 STAGES = "prepare step vision trained cached loader profile all_tokens default".split()
-WITHOUT = """
-import runpy, sys
-sys.modules["imagecodecs"] = sys.modules["tifffile"] = None
-import prepare.world  # as the tests do that the GPU runs
-runpy.run_module("dev.gpu", run_name="__main__", alter_sys=True)
-"""
+
+
+def without_readers():
+    """Import all of ours anew, without the packages that read slides."""
+    for name in [*sys.modules]:
+        if name.split(".")[0] in {*OURS, "imagecodecs", "tifffile"}:
+            del sys.modules[name]
+    sys.modules["imagecodecs"] = sys.modules["tifffile"] = None
+    # As the tests do that the GPU runs.
+    importlib.import_module("prepare.world")
 
 
 def test_every_stage_tells_its_rows_without_the_packages_that_read_slides(world):
-    command = [sys.executable, "-c", WITHOUT, *STAGES, "--tiny", "--paper", world, "--data", world]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    more = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    done = subprocess.run([str(word) for word in command], **more)
-    assert done.returncode == 0, done.stderr
-    assert "failed" not in done.stdout, done.stdout
+    # Two processes, for two cores.
+    argv = ["--tiny", "--paper", world, "--data", world]
+    halves = (STAGES[:2], STAGES[2:])
+    forks = [Script("dev.gpu", *half, *argv, before=without_readers) for half in halves]
+    parts = [fork.wait(300) for fork in forks]
+    assert [part.returncode for part in parts] == [0, 0], parts
+    said = "".join(part.stdout for part in parts)
+    assert "failed" not in said, said
     rows = {}
-    for line in done.stdout.splitlines():
+    for line in said.splitlines():
         if " | " in line:
             rows[line.split(" | ")[0].strip()] = line
-    assert "0 new graphs" in rows["several lengths"] and "4 bags" in done.stdout
+    assert "0 new graphs" in rows["several lengths"] and "4 bags" in said
     told = {rows[f"losses, {how}"].split(" | ", 1)[1] for how in ("compiled", "eager", "CPU")}
     assert len(told) == 1
     names = "step, compiled|step, eager|ViT-L, forward, 2 images|ViT-L, trained, 2 images"

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -54,14 +55,29 @@ def test_six_chapters_stand_at_the_top():
     assert {path.stem for path in ROOT.glob("*.py")} == CORE
 
 
+# Each chapter is imported in a fork of a process that has torch.
+LOADED = """
+import importlib, json, os, sys, torch
+for name in sys.argv[1:]:
+    if not os.fork():
+        importlib.import_module(name)
+        print(json.dumps([name, sorted(sys.modules)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def modules():
+    command = [sys.executable, "-c", LOADED, *CHAPTERS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_a_chapter_imports_only_what_stands_below_it(name):
+def test_a_chapter_imports_only_what_stands_below_it(name, modules):
     assert ours(ROOT / f"{name}.py") == CHAPTERS[name]
-    code = "import sys, json; import {}; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code.format(name)], cwd=ROOT, capture_output=True, text=True
-    )
-    loaded = set(json.loads(done.stdout))
+    loaded = set(modules[name])
     assert loaded & CORE <= CHAPTERS[name] | {name} | {"model"} & CHAPTERS[name]
     assert not {module for module in loaded if module.split(".")[0] in FOLDERS}
 
@@ -239,15 +255,18 @@ def test_the_diffs_apply_and_train_ten_steps(name, world, tmp_path):
     diff = str(ROOT / "dev" / f"{name}.diff")
     done = subprocess.run(["git", "apply", diff], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    size = "import model; model.SIZES['synthetic']['fusion']['depth'] = 3; "
-    code = size + "import sys, train; train.main(sys.argv[1:])"
+
+    def before():
+        # The fork reads the patched chapters.
+        sys.path.insert(0, str(tmp_path))
+        for chapter in CORE:
+            sys.modules.pop(chapter, None)
+        importlib.import_module("model").SIZES["synthetic"]["fusion"]["depth"] = 3
+
     argv = ["--data", world, "--out", tmp_path / "x", "--steps", 10, "--bags", 4, "--init", "none"]
     argv += ["--eval_every", 0, "--workers", 0, "--device", "cpu", "--log_every", 1, "--warmup", 2]
     argv += {"momentum": ["--alpha", 0.4, "--queue", 50], "zoom": ["--zoom", 0.3]}.get(name, [])
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script(str(tmp_path / "train.py"), *argv, before=before, check=True)
     rows = (tmp_path / "x" / "log.jsonl").read_text().split("\n")
     curve = [json.loads(row)["loss"] for row in rows if '"loss"' in row]
     assert len(curve) == 10 and curve[-1] < curve[0]
