@@ -235,9 +235,9 @@ def test_two_processes_train_compiled(world, tmp_path):
 
 
 def test_a_run_survives_kills_at_random_moments(world, tmp_path):
-    """Four of them; `python -m dev.kills` does as many as you like."""
-    rounds = kills.torment(world, tmp_path, 24, 4, seed=1)
-    assert sum(rounds[:2]) == 4
+    """Three of them; `python -m dev.kills` does as many as you like."""
+    rounds = kills.torment(world, tmp_path, 20, 3, seed=1)
+    assert sum(rounds[:2]) == 3
     assert (tmp_path / "killed" / "ckpt_prev.pt").exists()
 
 
@@ -344,13 +344,13 @@ def in_double_precision():
 
 
 def test_two_processes_have_the_loss_curve_of_one(world, tmp_path):
-    """Thirty steps with the hand-over, in double precision: what differs is not rounding."""
-    argv = ["--data", world, "--steps", 30, *SMALL, "--pairs", 1]
+    """Twenty steps with the hand-over, in double precision: what differs is not rounding."""
+    argv = ["--data", world, "--steps", 20, *SMALL, "--pairs", 1]
     script("train.py", *argv, "--out", tmp_path / "one", before=in_double_precision, check=True)
     run_two(*argv, "--out", tmp_path / "two", before=in_double_precision)
     a, b = curves.read_log(tmp_path / "one"), curves.read_log(tmp_path / "two")
     for name in ("loss", *LOSSES, "grad"):
-        assert len(a[name][1]) == 30
+        assert len(a[name][1]) == 20
         assert b[name][1] == pytest.approx(a[name][1], rel=1e-6, abs=1e-9), name
 
 
