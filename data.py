@@ -176,13 +176,12 @@ def read_classes(path):
 # ---------------------------------------------------------------- pyramid and augmentation
 
 
-def sample_nodes(B, b, generator=None):
+def sample_nodes(B, b, generator):
     """Draw b of the 4 children at every kept node -> [B, N], N = 1 + b + b^2 + b^3."""
     # A row is a b-ary heap, siblings in rising order: entry j's parent is entry (j - 1) // b.
-    device = generator.device if generator else "cpu"
-    heap = [torch.zeros(B, 1, dtype=torch.long, device=device)]
+    heap = [torch.zeros(B, 1, dtype=torch.long)]
     for _ in range(3):
-        rand = torch.rand(*heap[-1].shape, 4, generator=generator, device=device)
+        rand = torch.rand(*heap[-1].shape, 4, generator=generator)
         chosen = rand.argsort(-1)[..., :b].sort(-1).values  # [B, n, b]
         heap.append((4 * heap[-1][..., None] + 1 + chosen).flatten(1))
     return torch.cat(heap, 1)

@@ -121,8 +121,7 @@ def embed(model, bags, indices, device="cpu", w=None, k_o=8):
             parts.append(embed_images(model, torch.cat(waiting), w, k_o))
             waiting = []
     valid = bags.valid[indices]
-    slides = np.array(bags.slides)[indices]
-    features = {"valid": valid, "index": indices, "slides": slides}
+    features = {"valid": valid, "index": indices, "slides": np.array(bags.slides)[indices]}
     for name in parts[0]:
         rows = torch.cat([part[name] for part in parts])
         features[name] = rows.new_zeros(*valid.shape, *rows.shape[1:])

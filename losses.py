@@ -316,9 +316,8 @@ class MaskedBatchNorm(nn.Module):
     averages: the heads serve training only.
     """
 
-    def __init__(self, width, affine=True, eps=1e-5):
+    def __init__(self, width, affine=True):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
@@ -331,7 +330,7 @@ class MaskedBatchNorm(nn.Module):
         mean = total[:-1] / count
         # Take the variance in a second pass: a difference of squares would cancel.
         var = all_sum(((x - mean) ** 2 * w).sum(0)) / count
-        x = (x - mean) * torch.rsqrt(var + self.eps)
+        x = (x - mean) * torch.rsqrt(var + 1e-5)
         return x if self.weight is None else x * self.weight + self.bias
 
 
@@ -507,22 +506,20 @@ class Objective(nn.Module):
 
     def cvta_of(self, batch, v, w, all_w, selected):
         """Compute CVTA against the keywords of the own bag, or against all of the batch."""
-        cfg, (index, chosen) = self.cfg, selected
+        cfg, w_valid = self.cfg, batch["w_valid"]
         tau = (-self.model.cvta_scale).exp()
         # A node that is bound to its caption has no negatives among those of that caption's
         # keywords which its bag lists.
-        spared = batch["own"] & batch["w_valid"][:, None] & ~batch["free"][..., None]  # [B, N, K]
-        shared = dict(k_o=cfg.k_o, tau=tau, v_valid=batch["weight"], near=cfg.near)
-        if cfg.negatives == "bag":
-            shared |= dict(w_valid=batch["w_valid"], selected=selected, spared=spared)
-            return cvta(v, w, **shared)
-        # Number keywords by their place in the batch, 0 .. U - 1, in place of that in the bag.
-        column = batch["bag_keywords"][:, None, :].expand_as(spared)  # [B, N, K]
-        named = spared.new_zeros(*spared.shape[:2], len(all_w), dtype=torch.int)
-        spared = named.scatter_add(2, column, spared.int()) > 0  # [B, N, U]
-        selected = column.gather(2, index), chosen
-        shared |= dict(w_valid=batch["keyword_real"][None], selected=selected, spared=spared)
-        return cvta(v, all_w[None], **shared)
+        spared = batch["own"] & w_valid[:, None] & ~batch["free"][..., None]  # [B, N, K]
+        if cfg.negatives == "batch":
+            # Number keywords by their place in the batch, 0 .. U - 1, in place of that in the bag.
+            column = batch["bag_keywords"][:, None, :].expand_as(spared)  # [B, N, K]
+            named = spared.new_zeros(*spared.shape[:2], len(all_w), dtype=torch.int)
+            spared = named.scatter_add(2, column, spared.int()) > 0  # [B, N, U]
+            selected = column.gather(2, selected[0]), selected[1]
+            w, w_valid = all_w[None], batch["keyword_real"][None]  # [1, U, d], [1, U]
+        more = dict(w_valid=w_valid, selected=selected, spared=spared, near=cfg.near)
+        return cvta(v, w, cfg.k_o, tau, v_valid=batch["weight"], **more)
 
 
 def main():

@@ -378,8 +378,7 @@ def split_words(text):
     # ftfy resolves HTML entities unless the text looks like markup ...
     if "&" in text and "<" not in text:
         text = html.unescape(text)
-    if not (text.isascii() and text.isprintable()):
-        text = unicodedata.normalize("NFC", text.translate(CLEAN))
+    text = unicodedata.normalize("NFC", text.translate(CLEAN))
     # ... and open_clip does so twice, because captions are often escaped twice.
     text = html.unescape(html.unescape(text)).lower()
     # Part number signs such as a half from the letters, which Python's \w does not.
@@ -436,10 +435,14 @@ class Tokenizer:
         # The count of each pair, and the words that may hold it: only they change in a step.
         count = Counter()
         where = defaultdict(set)
-        for word, parts in split.items():
-            for pair in zip(parts, parts[1:], strict=False):
-                count[pair] += words[word]
+
+        def tally(word, times):
+            for pair in zip(split[word], split[word][1:], strict=False):
+                count[pair] += times
                 where[pair].add(word)
+
+        for word in words:
+            tally(word, words[word])
 
         merges = []
         while count and len(merges) < size - 512 - 3:
@@ -449,14 +452,9 @@ class Tokenizer:
                 break
             merges.append(best)
             for word in where.pop(best):
-                before = split[word]
-                after = _merge(before, best)
-                split[word] = after
-                for pair in zip(before, before[1:], strict=False):
-                    count[pair] -= words[word]
-                for pair in zip(after, after[1:], strict=False):
-                    count[pair] += words[word]
-                    where[pair].add(word)
+                tally(word, -words[word])
+                split[word] = _merge(split[word], best)
+                tally(word, words[word])
             del count[best]
         return cls(merges)
 

@@ -151,14 +151,13 @@ def parse(argv):
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, **form)
     # Take the help of a flag from the comment behind its field.
     source = {line.split(":")[0].strip(): line for line in inspect.getsource(Config).split("\n")}
-    fields = {f.name: f for f in dataclasses.fields(Config)}
     # Show the values of the preset that is asked for.
     shown = PRESETS.get(argv[argv.index("--preset") + 1], {}) if "--preset" in argv[:-1] else {}
-    for name, f in fields.items():
-        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
-        kind, reason = boolean if f.type is bool else f.type, source[name].partition("#")[2]
-        help_ = f"{reason} ({shown.get(name, f.default)})"
-        parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=help_)
+    for f in dataclasses.fields(Config):
+        flags = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}
+        kind, reason = boolean if f.type is bool else f.type, source[f.name].partition("#")[2]
+        help_ = f"{reason} ({shown.get(f.name, f.default)})"
+        parser.add_argument(*flags, type=kind, default=argparse.SUPPRESS, help=help_)
     given = parser.parse_args(argv)
     preset = getattr(given, "preset", "synthetic")
     if preset not in PRESETS:
@@ -173,12 +172,11 @@ def parse(argv):
 
 def check(cfg):
     """Refuse settings that cannot work; return cfg."""
-    counts = (cfg.steps, cfg.bags, cfg.accumulate, cfg.k_o, cfg.keywords, cfg.log_every)
-    counts += (cfg.save_every,)
+    counts = "steps bags accumulate k_o keywords log_every save_every".split()
     bare = cfg.preset == "paper" and cfg.vision != "random" and not (cfg.vision and cfg.text)
     files = "--vision FILE (MahmoodLab/UNI) and --text FILE (wisdomik/QuiltNet-B-32)"
     for wrong, sentence in (
-        (min(counts) < 1, "steps, bags, accumulate, k_o, keywords, log_every, save_every are >= 1"),
+        (min(getattr(cfg, k) for k in counts) < 1, f"{', '.join(counts)} are >= 1"),
         (cfg.seed < 0, "--seed is 0 or more"),
         (cfg.pairs <= 0, "--pairs is more than 0: patches of a bag that ITM, MLM and PLM read"),
         (cfg.size not in networks.SIZES, f"--size {cfg.size}: it is one of {[*networks.SIZES]}"),
@@ -222,8 +220,7 @@ def read_words(cfg):
 def build_model(cfg, tokenizer, init=None):
     """Build the MRPLIP of cfg.size, with public weights or those of prepare.words in it."""
     torch.manual_seed(cfg.seed)
-    size = networks.SIZES[cfg.size]
-    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **size)
+    model = networks.MRPLIP(tokenizer.size, tokenizer.end, **networks.SIZES[cfg.size])
     if cfg.vision not in ("", "random"):
         networks.adopt_vision(model, cfg.vision)
     if cfg.text:
@@ -431,8 +428,7 @@ def main(argv):
     """Settings -> processes -> data -> model -> loop -> checkpoint -> evaluation."""
     cfg = parse(argv)
 
-    # Processes: torchrun sets RANK. Without it this is the only one, and the same code runs.
-    distributed = "RANK" in os.environ
+    # Processes: torchrun numbers them. Without it this is the only one, and the same code runs.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -446,11 +442,11 @@ def main(argv):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 remains
     ask_system(cfg)
-    if distributed:
+    if world > 1:
         # The time-out must outlast rank 0 making the data.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-    barrier = dist.barrier if distributed else nothing
+    barrier = dist.barrier if world > 1 else nothing
     say = tqdm.write if rank == 0 else nothing
     if rank == 0:
         held = data.lock(run)  # noqa: F841, until this process ends
@@ -579,10 +575,7 @@ def main(argv):
         bar.update()
 
         # Stop together: all processes hear of a signal that one of them got.
-        vote = torch.tensor([float(bool(stop))])
-        if world > 1:
-            dist.all_reduce(vote, dist.ReduceOp.MAX)
-        halt = vote.item() > 0
+        halt = networks.all_sum(torch.tensor(len(stop))).item() > 0
 
         # Log. Between logs the loop never waits for the device.
         if step % cfg.log_every == 0 or step == cfg.steps:
@@ -642,7 +635,7 @@ def main(argv):
     if rank == 0:
         close_log()
     barrier()  # a process that leaves early could hang the others
-    if distributed:
+    if world > 1:
         dist.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
     python -m dev.kills --rounds 200          # about fifteen minutes on a CPU
 
 Each round starts the same train.py command and ends it at a random moment. One in four is a request
-(SIGTERM, SIGUSR1, SIGINT), which train.py must grant with exit code 0. The others are SIGKILL, a
+(SIGTERM, SIGUSR1, SIGINT, SIGHUP), which train.py must grant with code 0. The others are SIGKILL, a
 third of them while a checkpoint is being written. One round in five runs under torchrun and signals
 torchrun alone: whatever becomes of it, its process must save and leave. After each, the checkpoint
 must be readable and not older than before. At the end, weights, optimiser and log must be equal in
@@ -32,7 +32,7 @@ from dev.curves import read_log
 from prepare.world import make_world
 from tests.conftest import Script, script
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 # A tiny run that logs every step and saves every second one.
 TINY = """--bags 4 --warmup 2 --log_every 1 --save_every 2 --workers 1 --eval_every 0

@@ -55,7 +55,7 @@ tr { border-bottom: 1px solid #eee }
 td:first-child, th:first-child { text-align: left } .about { color: #666; font-size: .85em }
 td:first-child, th:first-child { position: sticky; left: 0; background: white }
 figure { margin: 1.2em 0; overflow-x: auto } figcaption { color: #444 }
-img { max-width: 100%; border: 1px solid #eee }
+img { max-width: 100%; border: 1px solid #eee } svg { max-width: 640px }
 @media (max-width: 700px) {
   img { max-width: none }
   td:first-child, th:first-child { white-space: normal; min-width: 8em; padding-left: 0 }
