@@ -278,7 +278,7 @@ def tree_edges(N=85, b=4, device=None):
     return edges
 
 
-def mrtva(h, g, valid, pairs=None):
+def mrtva(h, g, valid, edges=None):
     """Let parent and child predict each other [1, 4].
 
         L = mean over magnifications of mean over their pairs (p, c) of
@@ -287,14 +287,14 @@ def mrtva(h, g, valid, pairs=None):
     h      [B, N, d]  predictions; d is the output of the heads here
     g      [B, N, d]  projections, already detached by the caller
     valid  [B, N]     nodes that hold tissue
-    pairs             list of [E, 2] node numbers (p, c), a tensor per pair of magnifications;
+    edges             list of [E, 2] node numbers (p, c), a tensor per pair of magnifications;
                       None takes the edges of the 4-ary tree
     Returns a scalar in [-1, 1]. The mean is taken inside each tensor first: else the 64 edges from
     20x to 40x would be three quarters of the loss.
     """
     h, g, valid = unit(h), unit(g), valid.bool()
     agreement, count = [], []
-    for group in tree_edges(h.shape[1], device=h.device) if pairs is None else pairs:
+    for group in tree_edges(h.shape[1], device=h.device) if edges is None else edges:
         parent, child = group.unbind(1)
         # Compare in both directions: each side predicts the other.
         down = (h[:, parent] * g[:, child]).sum(-1)  # [B, E]
@@ -468,9 +468,9 @@ class Objective(nn.Module):
             z = model.fuse_with_keywords(image_tokens, picked, chosen.flatten(0, 1))  # [BN, D]
             h, g = self.heads(z, batch["valid"].flatten())
             h, g = h.view(B, N, -1), g.view(B, N, -1)
-            pairs = tree_edges(N, cfg.children, h.device)
+            edges = tree_edges(N, cfg.children, h.device)
             # Stop the gradient of the target [4].
-            out["mrtva"] = mrtva(h, g.detach(), batch["valid"], pairs)
+            out["mrtva"] = mrtva(h, g.detach(), batch["valid"], edges)
             seen["std"] = deviation(g, batch["valid"])
         return out, seen
 

@@ -360,17 +360,17 @@ class MRPLIP(nn.Module):
             x = block(x, mask)
         return self.fusion_norm(x)
 
-    def fuse_with_text(self, image_tokens, text_tokens, valid, prefix=None):
+    def fuse_with_text(self, image_tokens, text_tokens, real, prefix=None):
         """Read images and captions together -> fused text [N, T, D].
 
-        image_tokens [N, V, D]; text_tokens [N, T, Dt]; valid [N, T] real text positions.
-        prefix None: every position sees every valid one (ITM, MLM).
+        image_tokens [N, V, D]; text_tokens [N, T, Dt]; real [N, T], False on padding.
+        prefix None: every position sees every real one (ITM, MLM).
         prefix [N], a number of text positions: image and prefix see each other, and what follows is
         causal, so that position i may predict token i + 1 (PLM).
         """
         V, T = image_tokens.shape[1], text_tokens.shape[1]
         x = torch.cat([image_tokens, self.fuse_text(text_tokens) + self.kind[1]], 1)
-        mask = F.pad(valid, (V, 0), value=True)[:, None, None, :]  # [N, 1, 1, V + T]
+        mask = F.pad(real, (V, 0), value=True)[:, None, None, :]  # [N, 1, 1, V + T]
         if prefix is not None:
             at = torch.arange(V + T, device=x.device)
             causal = at[None, :] <= at[:, None]  # [L, L] key not after query
@@ -378,15 +378,15 @@ class MRPLIP(nn.Module):
             mask = mask & (causal | known[:, None, :])[:, None]  # [N, 1, L, L]
         return self.fuse(x, mask)[:, V:]
 
-    def fuse_with_keywords(self, image_tokens, w, valid):
+    def fuse_with_keywords(self, image_tokens, w, chosen):
         """Compute z [N, D], the text-guided visual representation (E_mm of [1]).
 
-        image_tokens [N, V, D]; keyword embeddings w [N, k_o, d]; valid [N, k_o]. z is read at the
+        image_tokens [N, V, D]; keyword embeddings w [N, k_o, d]; chosen [N, k_o]. z is read at the
         image's class token. Keywords carry no position, so their order cannot matter.
         """
         words = self.fuse_keyword(w.to(image_tokens.dtype)) + self.kind[2]
         x = torch.cat([image_tokens, words], 1)  # [N, V + k_o, D]
-        mask = F.pad(valid, (image_tokens.shape[1], 0), value=True)[:, None, None, :]
+        mask = F.pad(chosen, (image_tokens.shape[1], 0), value=True)[:, None, None, :]
         return self.fuse(x, mask)[:, 0]
 
     def lm_logits(self, x):
