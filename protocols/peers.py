@@ -49,7 +49,7 @@ def read_safetensors(path):
                 raise ValueError("it is cut")
             part = torch.from_numpy(raw[first:last])
             state[name] = part.view(DTYPES[about["dtype"]]).view(about["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path} is no whole safetensors file ({e}): get it again") from None
     return state
 
@@ -82,7 +82,7 @@ def from_huggingface(state):
 
 def read_state(path):
     """Read weights of torch or safetensors -> dict of tensors; a CLIP's names are open_clip's."""
-    safe = str(path).endswith(".safetensors") and Path(path).exists()
+    safe = str(path).endswith(".safetensors")
     state = networks.read_weights(path, read_safetensors(path) if safe else None)
     try:
         hugging = any(name.startswith("vision_model.") for name in state)

@@ -464,7 +464,7 @@ def test_a_file_that_is_no_weights_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"x.bin .*it is TorchScript.*README tells"):
         networks.read_weights(path)
     for name in ("nowhere.bin", "nowhere.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} .*No such file or directory.*: get it again"):
+        with pytest.raises(ValueError, match=f"{name} .*No such file .*: get it again"):
             peers.read_state(tmp_path / name)
 
 
