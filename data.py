@@ -6,8 +6,8 @@ at 10x, 16 at 20x and 64 at 40x, 85 patches in all. Four ideas carry this file.
 1. A bag is one square image; its 2 x 2 average pyramid holds the 85 patches.
 2. The patches are a 4-ary heap: children of node n are 4n+1 .. 4n+4, top left to bottom right.
 3. Magnification means microns per pixel (mpp), 10 / magnification, never a file's stored level.
-4. Batch i depends on (seed, i) alone, and all random numbers of a step are in its batch. So a
-   killed run needs no saved loader, and two processes see together what one would.
+4. Batch i is a function of data, settings, seed and i, and holds all random numbers of its step.
+   So a killed run needs no saved loader, and two processes see together what one would.
 
 `python -m prepare.tile SLIDES --out DIR` makes the bags. Letters: B bags, N nodes, S pixels a side.
 References: [1] MR-PLIP, CVPR 2025. [2] Ruifrok & Johnston 2001, stains. [3] Tellez et al. 2018,
@@ -35,9 +35,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import text
+from text import NODES
 
 MAGS = (5, 10, 20, 40)
-NODES = 85
 
 
 # ---------------------------------------------------------------- the 85 nodes
@@ -276,7 +276,7 @@ def augment(batch, jitter):
 
 
 class Batches(Dataset):
-    """Build micro-batch i: the rows of this process, B of the G bags of all processes.
+    """Build micro-batch i: B bags, this process's share of the G bags of all processes.
 
     pixels         [B, 3, 8S, 8S] uint8   the bags, with stain [B, 2, 3] and flips [B], of which
                                           augment makes the patches
@@ -287,8 +287,8 @@ class Batches(Dataset):
     nodes          [B, N]                 node numbers 0 .. 84
     valid          [B, N] bool            it holds tissue, and the slide has its magnification
     told           [B, N] bool            it is valid and has a caption, as ITC, ITM, MLM, PLM need
-    weight         [B, N]                 1 / (nodes of its magnification in a bag of which all are
-                                          valid), or 1; 0 if not valid
+    weight         [B, N]                 1 / (nodes of its magnification, valid or not), or 1; 0 if
+                                          not valid
     ids            [B, N, T]              caption of each node
     caption_rows   [M]                    nodes that ITM, MLM and PLM read: bag x N + n
     rand_mask      [M, 3, context + 1]    uniform draws for MLM (the last column is spare),
@@ -324,7 +324,7 @@ class Batches(Dataset):
         index = listed[mine]
         nodes = sample_nodes(G, cfg.children, g)[mine]  # [B, N]
         valid = self.bags.valid[index].gather(1, nodes)  # [B, N]
-        # Captions of the nodes. One without a caption selects among all keywords of the bag.
+        # Read the captions of the nodes.
         spoken = []
         for j, row in zip(index, nodes.tolist(), strict=True):
             said = self.captions[self.bags.keys[j]]
@@ -333,6 +333,7 @@ class Batches(Dataset):
         batch = {"bag": torch.tensor(index), "nodes": nodes, "valid": valid, "told": told}
         batch |= self.draw_caption_rows(told, g)
         free = torch.rand(G, nodes.shape[1], generator=g)[mine] < self.free_share(i)
+        # A node without a caption selects among all keywords of the bag.
         batch["free"] = free | ~told
         batch["weight"] = valid.float()
         if cfg.balance:
@@ -390,7 +391,7 @@ class Batches(Dataset):
         rows = []
         for k in range(M):
             # Magnifications take turns. If no node of one has a caption, take any that has one, and
-            # none twice. In a bag without captions any node stands in, and the masks drop it.
+            # no node twice. In a bag without captions any node stands in, and the masks drop it.
             bag, turn = k * B // M, (k + self.rank * M + shift) % 4
             best = int((score[bag] + told[bag] * (1 + (level == turn))).argmax())
             score[bag, best] -= 3

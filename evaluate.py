@@ -564,7 +564,7 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     found = bag_retrieval(model, tokenizer, test, features)
     if found:
         names = ("image_to_text_R@1", "text_to_image_R@1", "chance_R@1", "mean")
-        print_scores("retrieval among 300 patches", [(name, found, name) for name in names])
+        print_scores("retrieval among at most 300 patches", [(name, found, name) for name in names])
         save_results(out, "retrieval", found, about)
     else:
         print(f"{test.folder} has no captions: retrieval is left out")

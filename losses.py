@@ -12,7 +12,7 @@ computes in fp32, also under autocast. MRTVA's stop-gradient stands at its call;
 none. Nothing reads a value back from the device, draws a random number, or loops over the batch.
 
 Shape letters are the README's; here also M patches that the caption losses read, U distinct
-keywords of the batch, C candidates of a contrast.
+keywords of the batch, C candidates of a contrast, R rows, E edges.
 
 [1] MR-PLIP, CVPR 2025. [2] Li et al. 2021, ALBEF. [3] Li et al. 2022, mPLUG.
 [4] Chen & He 2021, SimSiam. [5] Radford et al. 2021, CLIP.
@@ -64,7 +64,7 @@ def all_mean(x):
 
 
 def weighted_mean(x, weight):
-    """Return this process's share of a weighted mean, or 0; the shares' mean is that of all."""
+    """Weigh x: averaged over processes, the weighted mean of all rows, or 0 without weight."""
     x = full(x)
     weight = weight.to(x.dtype)
     return (x * weight).sum() / all_mean(weight.sum()).clamp(min=1e-6)
@@ -245,8 +245,9 @@ def cvta(v, w, k_o, tau, v_valid, w_valid, selected=None, spared=None, near=None
     spared   [B, N, K]       keywords that are no negatives of a node
     near                     a keyword whose cosine to a positive exceeds this is no negative: it
                              says the same in other words. None keeps all, as in [1]
-    Returns a scalar. The sum over positives stands outside the logarithm, so the optimum is
-    log |P|, not 0, and equal logits give log K. Nodes without a positive drop out.
+    Returns a scalar. The sum over positives, k_o or fewer, stands outside the logarithm, so the
+    optimum is log |P|, not 0, and equal logits give the log of the number of candidates that are
+    left. Nodes without a positive drop out.
     """
     index, chosen = select_keywords(v, w, k_o, w_valid) if selected is None else selected
     v, w = unit(v), unit(w)
@@ -437,13 +438,14 @@ class Objective(nn.Module):
                 tokens = model.vision_tokens(batch["patches"].flatten(0, 1))
         v = model.to_shared(tokens)  # [BN, d]
         # Captions -> t.
-        text_tokens, pooled = model.text(batch["ids"].flatten(0, 1))  # [BN, T, Dt], [BN, d]
-        t = unit(pooled)
+        text_tokens, embedding = model.text(batch["ids"].flatten(0, 1))  # [BN, T, Dt], [BN, d]
+        t = unit(embedding)
+        weight = (batch["weight"] * batch["told"]).flatten()  # [BN]
 
         if cfg.itc:
             bag = batch["bag"].repeat_interleave(N)  # [BN]
             tau = (-model.itc_scale).exp()
-            out["itc"] = itc(v, t, bag, tau, (batch["weight"] * batch["told"]).flatten(), cfg.kin)
+            out["itc"] = itc(v, t, bag, tau, weight, cfg.kin)
         seen = {"tau": (-model.itc_scale).exp().detach()}
 
         if cfg.itm or cfg.mlm or cfg.plm or cfg.mrtva:
@@ -508,8 +510,7 @@ class Objective(nn.Module):
         """Compute CVTA against the keywords of the own bag, or against all of the batch."""
         cfg, w_valid = self.cfg, batch["w_valid"]
         tau = (-self.model.cvta_scale).exp()
-        # A node that is bound to its caption has no negatives among those of that caption's
-        # keywords which its bag lists.
+        # While a node is bound to its caption, that caption's other keywords are no negatives.
         spared = batch["own"] & w_valid[:, None] & ~batch["free"][..., None]  # [B, N, K]
         if cfg.negatives == "batch":
             # Number keywords by their place in the batch, 0 .. U - 1, in place of that in the bag.

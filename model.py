@@ -8,7 +8,7 @@
        to_shared              to_fusion               |               projection
            |                      |                   |                   |
            v [d]                  |                   |                 t, w [d]
-     ITC and CVTA compare         |                   |          v with t and w
+     ITC, CVTA: with t, w         |                   |        ITC, CVTA: with v
                                   |                   |
           fusion: one transformer over [image tokens ; text tokens, or k_o keywords]
         full mask        image-text matching and masked language modelling
@@ -244,7 +244,7 @@ def conv_stem(width):
 
 
 class TextTower(nn.Module):
-    """CLIP's causal text transformer [3]: ids [N, T] -> (tokens [N, T, D], pooled [N, d]).
+    """CLIP's causal text transformer [3]: ids [N, T] -> (tokens [N, T, D], embedding [N, d]).
 
     It pools at the first end id. (CLIP pools at the largest, but [mask] is larger.) Because it is
     causal it needs no padding mask, and one encoding serves ITC, ITM and prefix language modelling.

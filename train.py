@@ -7,8 +7,8 @@
         --tokenizer bpe_simple_vocab_16e6.txt.gz
 
 Plain `python train.py` does the same on one process. The same command continues where the last one
-stopped, on as many processes as you like. --data DIR holds DIR/train and DIR/test, each with shards
-(`python -m prepare.tile`) and captions (`python -m prepare.captions`).
+stopped, also on another number of processes. --data DIR holds DIR/train and DIR/test, each with
+shards (`python -m prepare.tile`) and captions (`python -m prepare.captions`).
 
 Read main from top to bottom. data.Batches is what a step sees, losses.Objective is the method.
 
@@ -73,7 +73,7 @@ class Config:
     pairs: float = 0.5  # patches per bag that ITM, MLM and PLM read
     keywords: int = 24  # keywords of a bag at most
     flips: bool = True  # turn and mirror the bags
-    jitter: float = 0.2  # stain augmentation: relative change of haematoxylin and eosin
+    jitter: float = 0.2  # stain augmentation: most relative gain and most offset of each stain
     cache: bool = False  # train on features of prepare.features: no pixels, so no augmentation
     workers: int = 1  # loader processes of each process
     # objective: the weight of each loss, where 0 removes it and its cost; then its settings
@@ -369,7 +369,7 @@ def count_flops(objective, batch, autocast):
 
 @torch.no_grad()
 def validate(objective, batches, device, autocast):
-    """Average each loss over the first four held-out batches -> {name: float}.
+    """Average each loss over at most four held-out batches -> {name: float}.
 
     Keywords come from the own captions, so that the numbers compare over the whole run.
     """
@@ -522,7 +522,7 @@ def main(argv):
         torch._dynamo.config.optimize_ddp = False  # it would split the graph
         forward = DistributedDataParallel(
             forward, broadcast_buffers=False, gradient_as_bucket_view=True,
-            static_graph=cfg.accumulate == 1, find_unused_parameters=True,
+            static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1,
         )  # fmt: skip
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     say(f"{len(bags)} bags of 85 patches of {bags.S} px; {trained / 1e6:.1f}M parameters train")

@@ -200,7 +200,7 @@ def test_the_recipe_of_the_readme_pairs_every_ancestor():
     import losses
 
     code = re.search(r"```python\n(def ancestors.*?)```", (ROOT / "README.md").read_text(), re.S)
-    scope = {"torch": torch, "losses": losses}
+    scope = {"torch": torch, "tree_edges": losses.tree_edges}
     exec(code[1], scope)
     pairs = scope["ancestors"](85, 4, "cpu")
     assert sum(map(len, pairs)) == 4 + 16 + 64 + 16 + 64 + 64  # of METHOD: 228 in all
