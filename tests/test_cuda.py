@@ -176,17 +176,18 @@ def main(folder):
     Each runs in a fork, and nothing is collected: torch crashes when such tensors are.
     """
     gc.disable()
+    children = []
     kept, itc, flip = register_gpu(), losses.itc, data.flip
 
     def case(name, made):
-        pid = os.fork()
-        if pid:
-            os.waitpid(pid, 0)
+        children.append(os.fork())
+        if children[-1]:
             return
         try:
             dtypes, error = sorted(step(*made)), ""
         except Exception as e:
-            dtypes, error = [], f"{type(e).__name__}: {e}"
+            # A short line comes whole out of several processes.
+            dtypes, error = [], f"{type(e).__name__}: {str(e)[:1000]}"
         print(json.dumps([name, error, dtypes]), flush=True)
         os._exit(0)
 
@@ -201,6 +202,8 @@ def main(folder):
     data.flip = flip
     case("one bag", on_gpu(*build(folder, "--bags", "1")))
     case("batch", on_gpu(*build(folder, "--negatives", "batch", "--near", "0.95")))
+    for child in children:
+        os.waitpid(child, 0)
     del kept
 
 

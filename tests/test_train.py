@@ -48,8 +48,8 @@ def run(*argv, check=True):
     return script("train.py", *argv, timeout=120, check=check)
 
 
-def run_two(*argv, before=lambda: None):
-    """Run train.py on two processes, after a call of before -> what the first one printed."""
+def start_two(*argv, before=lambda: None):
+    """Start train.py on two processes, after a call of before in each -> their Scripts."""
     # Forks start sooner than torchrun.
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -59,8 +59,12 @@ def run_two(*argv, before=lambda: None):
         os.environ.update(env, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank))
         before()
 
-    forks = [Script("train.py", *argv, before=functools.partial(join, rank)) for rank in (0, 1)]
-    done = [fork.wait(120) for fork in forks]
+    return [Script("train.py", *argv, before=functools.partial(join, rank)) for rank in (0, 1)]
+
+
+def run_two(*argv, before=lambda: None):
+    """Run train.py on two processes -> what the first one printed."""
+    done = [fork.wait(120) for fork in start_two(*argv, before=before)]
     assert all(one.returncode == 0 for one in done), done
     return done[0].stdout + done[0].stderr
 
@@ -194,7 +198,20 @@ def test_mistakes_get_one_sentence(world, tmp_path):
 # ---- compiling -----------------------------------------------------------------------------------
 
 
-def test_the_objective_compiles_whole_and_once(world):
+@pytest.fixture(scope="module")
+def compiling(world, tmp_path_factory):
+    """Start a compiled run of one bag a process and micro-batch, which takes a while -> Scripts."""
+
+    def without_code():
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+    out = tmp_path_factory.mktemp("compiled")
+    argv = ["--data", world, "--out", out, *SMALL, "--steps", 4, "--compile", "true"]
+    argv += ["--eval_every", 2, "--accumulate", 2, "--pairs", 1]
+    return start_two(*argv, before=without_code), out
+
+
+def test_the_objective_compiles_whole_and_once(world, compiling):
     """Hold one graph for captions shorter than the context, as long as it, and shorter again."""
     argv = "--steps 8 --own_captions 0.4 --compile true".split()
     batches, objective = setup(world, *argv)
@@ -219,16 +236,10 @@ def test_the_objective_compiles_whole_and_once(world):
     assert batches.context in lengths and len(lengths) > 1 and counted.frame_count == 1
 
 
-def test_two_processes_train_compiled(world, tmp_path):
-    """One bag a process and micro-batch, with validation."""
-
-    def without_code():
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")
-
-    argv = ["--data", world, "--out", tmp_path / "x", *SMALL, "--steps", 4, "--compile", "true"]
-    argv += ["--eval_every", 2, "--accumulate", 2, "--pairs", 1]
-    run_two(*argv, before=without_code)
-    assert curves.read_log(tmp_path / "x")["loss"][0] == [1, 2, 3, 4]
+def test_two_processes_train_compiled(compiling):
+    forks, out = compiling
+    assert [fork.wait(120).returncode for fork in forks] == [0, 0]
+    assert curves.read_log(out)["loss"][0] == [1, 2, 3, 4]
 
 
 # ---- never lose work -----------------------------------------------------------------------------
