@@ -494,15 +494,17 @@ def glance(model, tokenizer, test, train, device="cpu"):
     return out
 
 
-def check_test(test, train=None):
-    """Refuse data.Bags test if nothing can be asked of them, or if train holds their slides."""
+def checked_questions(test, index, train=None):
+    """Read `questions` of data.Bags test; refuse bags of none, and slides that train holds too."""
     seen = {*test.slides} & {*train.slides} if train else ()
     if seen:
         state = f"{min(seen)} is in {train.folder} and in {test.folder}"
         raise ValueError(f"{state}, as {len(seen)} slides are: take them out of one")
-    if not questions(test, spread(test, 300))[0] and not text.Captions(test.folder).files:
+    asked = questions(test, index)
+    if not asked[0] and not text.Captions(test.folder).files:
         state = f"{test.folder} has neither captions nor a classes.json with truth"
         raise ValueError(f"{state}: give one of the two, or nothing can be measured")
+    return asked
 
 
 def measure(run, folder=None, device="cpu", most=300, learn=True):
@@ -521,8 +523,7 @@ def measure(run, folder=None, device="cpu", most=300, learn=True):
     test = data.Bags(folder / "test" if inside else folder)
     train = data.Bags(folder / "train") if inside and (folder / "train").is_dir() else None
     index = spread(test, most)
-    check_test(test, train)
-    facts, templates, labels = questions(test, index)
+    facts, templates, labels = checked_questions(test, index, train)
     if not facts:
         print(f"{folder} has no classes.json with truth of its bags: only retrieval is measured")
 

@@ -317,8 +317,8 @@ def ask_system(cfg):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         data.end_with_parent(signal.SIGTERM)
     # Keep what large tensors leave: a CPU pays a tenth of a step for fresh pages.
-    with contextlib.suppress(OSError, AttributeError):
-        if cfg.device == "cpu":
+    if cfg.device == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -465,7 +465,7 @@ def main(argv):
     corpus = data.count_keywords(bags, captions, cfg.missing)
     if cfg.eval_every:  # look now, not after three days
         test, test_captions = data.Bags(folder / "test"), text.Captions(folder / "test")
-        evaluate.check_test(test, bags)
+        evaluate.checked_questions(test, evaluate.spread(test, 300), bags)
 
     # Model: from a checkpoint, else with what prepare.words or public files have learnt.
     state, path = evaluate.read_checkpoint(run, device)

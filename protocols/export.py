@@ -256,10 +256,9 @@ def write_card(run, model, to):
     # Leave out numbers of other weights, and of prompts and pools that are seldom quoted.
     file = Path(run) / "results.json"
     results = data.read_json(file) if file.exists() else {"about": {}}
-    lines = []
+    lines, mine = [], networks.fingerprint(model)
     for name, about in results["about"].items():
-        mine = about["fingerprint"] == networks.fingerprint(model)
-        for path, row in find_rows(results[name]) if mine else ():
+        for path, row in find_rows(results[name]) if about["fingerprint"] == mine else ():
             cells = [f"{k} {cell(x, m)}" for k, x in row.items() for m in ("f1", "mean") if m in x]
             if cells and not any(part == "single" or part.startswith("top ") for part in path):
                 about_what = ", ".join([name, *path, f"{about['n']} of {about['data']}"])

@@ -146,10 +146,10 @@ def list_shards(path, mark, folder):
 def list_features(path):
     """List the slides of a folder, a file of features each -> as `list_shards`, without bags."""
     found = {}
-    every = [file for file in sorted(path.rglob("*")) if file.suffix in embed.KINDS]
-    files = [file for file in every if file.parent == path]
+    files = [file for file in sorted(path.iterdir()) if file.suffix in embed.KINDS]
     if not files:
-        where = f"give {every[0].parent}" if every else "give a folder that does"
+        deeper = [file for file in sorted(path.rglob("*")) if file.suffix in embed.KINDS]
+        where = f"give {deeper[0].parent}" if deeper else "give a folder that does"
         raise ValueError(f"{path} itself holds no features ({', '.join(embed.KINDS)}): {where}")
     for file in files:
         # Ours carry the name of the slide, those of CLAM and TRIDENT are called by it.

@@ -383,9 +383,9 @@ def test_one_dying_process_ends_the_others_and_says_why(world, tmp_path):
     assert re.search(rf"error: .*tar.*{bags.keys[index]}.* damaged", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP", "SIGKILL"])
 def test_a_signal_to_torchrun_loses_nothing_and_leaves_no_orphan(world, tmp_path, name):
-    """torchrun dies of the one, and hands the other on: its process saves and leaves."""
+    """torchrun hands SIGHUP on and dies of the others: its process saves and leaves."""
     out = tmp_path / "x"
     argv = ["--data", world, "--out", out, "--steps", 100000, *SMALL, "--save_every", 100000]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
